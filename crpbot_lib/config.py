@@ -1,0 +1,162 @@
+"""Typed settings and the symbol table: the one place where a default, a limit or a symbol is written down.
+
+Settings come from environment variables (``CRPBOT_…``, nested with ``__``, e.g. ``CRPBOT_PROMOTION__ALLOW_SMOKE=true``) over
+an optional TOML file named by ``CRPBOT_CONFIG``. A fourth symbol is a new entry of ``symbols``, not a code change.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, date, datetime
+from functools import lru_cache
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+Timeframe = Literal["1m", "5m", "15m", "1h"]
+TIMEFRAMES: tuple[Timeframe, ...] = ("1m", "5m", "15m", "1h")
+TIMEFRAME_SECONDS: dict[str, int] = {"1m": 60, "5m": 300, "15m": 900, "1h": 3600}
+
+FeatureGroup = Literal["base", "multi_timeframe", "coingecko_hourly", "coingecko_daily"]
+ALL_GROUPS: tuple[FeatureGroup, ...] = ("base", "multi_timeframe", "coingecko_hourly", "coingecko_daily")
+WITHOUT_MULTI_TIMEFRAME: tuple[FeatureGroup, ...] = ("base", "coingecko_hourly", "coingecko_daily")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Symbol(_Model):
+    """One traded symbol: its exchange product, its CoinGecko coin, the feature groups of its model."""
+
+    name: str = Field(pattern=r"^[A-Z0-9]+-[A-Z]+$")
+    coin: str
+    coin_listed: date = Field(description="first day CoinGecko has of the coin; the all-time high needs the history from it")
+    feature_groups: tuple[FeatureGroup, ...] = ALL_GROUPS
+
+    @property
+    def slug(self) -> str:
+        """``BTC-USD`` as file names have it: ``BTC_USD``."""
+        return self.name.replace("-", "_")
+
+
+class GpuCandidate(_Model):
+    """An instance type worth launching, with what is needed to judge its price."""
+
+    instance_type: str
+    gpu: str
+    on_demand_usd_per_hour: float
+    subnet_id: str | None = None
+    """None: the account's default subnet of the zone that AWS chooses."""
+
+
+class GpuSettings(_Model):
+    region: str = "us-east-1"
+    project_tag: str = "crpbot"
+    owner_tag: str = "crpbot"
+    candidates: tuple[GpuCandidate, ...] = (
+        GpuCandidate(instance_type="g5.xlarge", gpu="A10G", on_demand_usd_per_hour=1.006),
+        GpuCandidate(instance_type="g4dn.xlarge", gpu="T4", on_demand_usd_per_hour=0.526),
+    )
+    allow_on_demand: bool = False
+    ami: str = "resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-amazon-linux-2023/latest/ami-id"
+    instance_profile: str = "crpbot-training"
+    security_group_ids: tuple[str, ...] = ()
+    volume_gib: int = 100
+    training_image: str = "crpbot-training:0.1.0"
+    log_group: str = "/crpbot/training"
+    max_lifetime_minutes: int = Field(default=120, ge=1)
+    boot_timeout_minutes: float = Field(default=15, gt=0)
+    heartbeat_timeout_minutes: float = Field(default=10, gt=0)
+    termination_timeout_seconds: float = Field(default=600, gt=0)
+    visibility_grace_seconds: float = Field(default=10, ge=0)
+    """How long a launched instance may stay invisible to DescribeInstances; absence is believed only after it."""
+    poll_seconds: float = Field(default=5, gt=0)
+    aws_conn_id: str | None = None
+    """Airflow connection of the EC2, S3 and logs calls. None: the AWS SDK's own chain (AWS_* variables, instance role)."""
+
+
+class TrainingSettings(_Model):
+    prefix: str = "models"
+    days: int = Field(default=30, ge=1)
+    """Days before the run's day that a scheduled retraining learns from."""
+    smoke: bool = False
+    """Marks the job as a smoke run: few steps, a small model, allowed without a GPU. Never a real model."""
+
+
+class PromotionSettings(_Model):
+    allow_smoke: bool = False
+    """Whether a smoke model may be promoted (to the dry run). Only a demonstration sets it; live mode refuses such a model always."""
+    dry_run_iterations: int = Field(default=5, ge=1)
+
+
+class RuntimeSettings(_Model):
+    as_of: datetime | None = None
+    """Decide as if it were this time (UTC) instead of the clock's; for replays and demonstrations. Refused by live mode."""
+    window_minutes: int = Field(default=1500, ge=1)
+
+    @field_validator("as_of")
+    @classmethod
+    def _utc(cls, value: datetime | None) -> datetime | None:
+        if value is not None and value.tzinfo is None:
+            raise ValueError(f"as_of={value.isoformat()} has no timezone; write it as 2025-05-29T00:00:00Z")
+        return None if value is None else value.astimezone(UTC)
+
+
+class TelegramSettings(_Model):
+    url: str = "https://api.telegram.org"
+    token: SecretStr | None = None
+    chat_id: str | None = None
+
+
+DEFAULT_SYMBOLS: tuple[Symbol, ...] = (
+    Symbol(name="BTC-USD", coin="bitcoin", coin_listed=date(2013, 4, 28)),
+    Symbol(name="ETH-USD", coin="ethereum", coin_listed=date(2015, 8, 7), feature_groups=WITHOUT_MULTI_TIMEFRAME),
+    Symbol(name="SOL-USD", coin="solana", coin_listed=date(2020, 4, 11)),
+)
+
+
+class Settings(BaseSettings):
+    """Everything that may differ between two deployments."""
+
+    model_config = SettingsConfigDict(env_prefix="CRPBOT_", env_nested_delimiter="__", extra="ignore", frozen=True)
+
+    lake: str = ""
+    """``s3://bucket/prefix`` or ``file:///directory``."""
+    coinbase_url: str = "https://api.coinbase.com"
+    coingecko_url: str = "https://pro-api.coingecko.com/api/v3"
+    coingecko_api_key: SecretStr | None = None
+    symbols: tuple[Symbol, ...] = DEFAULT_SYMBOLS
+    gpu: GpuSettings = GpuSettings()
+    training: TrainingSettings = TrainingSettings()
+    promotion: PromotionSettings = PromotionSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+    telegram: TelegramSettings = TelegramSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  (the signature is pydantic-settings')
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        path = os.environ.get("CRPBOT_CONFIG")
+        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
+        return (*sources, TomlConfigSettingsSource(settings_cls, path)) if path else sources
+
+    def symbol(self, name: str) -> Symbol:
+        """The table's entry of ``name``; ValueError names the known symbols."""
+        for symbol in self.symbols:
+            if symbol.name == name:
+                return symbol
+        known = ", ".join(s.name for s in self.symbols)
+        raise ValueError(f"unknown symbol {name!r}: the configuration has {known}; add it to `symbols` (docs/configuration.md)")
+
+
+@lru_cache(maxsize=1)
+def settings() -> Settings:
+    """The process's settings, read once from the environment."""
+    return Settings()

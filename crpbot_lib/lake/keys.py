@@ -1,0 +1,62 @@
+"""Every key of the lake, relative to its root. No other module spells a key."""
+
+from __future__ import annotations
+
+from datetime import date
+
+
+def candles(timeframe: str, symbol: str, day: date) -> str:
+    """Candles of one symbol, one timeframe, one UTC day, as served."""
+    return f"raw/candles/{timeframe}/symbol={symbol}/date={day.isoformat()}/candles.parquet"
+
+
+def coingecko(series: str, coin: str, day: date) -> str:
+    """CoinGecko points of one coin. ``hourly``: the points of that UTC day. ``daily``: the daily history from the coin's listing
+    up to and including the point of that day, so that one partition holds all that was known then."""
+    return f"raw/coingecko/{series}/coin={coin}/date={day.isoformat()}/points.parquet"
+
+
+def quality(day: date) -> str:
+    """The quality record of one day's partitions."""
+    return f"raw/quality/date={day.isoformat()}/report.json"
+
+
+def features(version: str, symbol: str) -> str:
+    return f"features/version={version}/features_{symbol}_1m.parquet"
+
+
+def features_sidecar(version: str, symbol: str) -> str:
+    """What was filled and dropped on the way to one features file."""
+    return f"features/version={version}/features_{symbol}_1m.json"
+
+
+def features_manifest(version: str) -> str:
+    return f"features/version={version}/manifest.json"
+
+
+FEATURES_LATEST = "features/latest.json"
+
+
+def training_run(run: str, name: str = "") -> str:
+    """A file of one training run: ``job.json``, ``status.json``, ``cost.json``, …; without a name the run's prefix."""
+    return f"training-runs/{run}/{name}"
+
+
+def launch(run: str, generation: int) -> str:
+    """The record of one launch, written before RunInstances (termination.md, Identity)."""
+    return training_run(run, f"launches/{generation:03d}.json")
+
+
+def run_symbol(run: str, symbol: str, name: str) -> str:
+    """A file that training wrote for one symbol: ``model.pt``, ``metrics.json``, ``status.json``."""
+    return training_run(run, f"{symbol}/{name}")
+
+
+def model(prefix: str, version: str, name: str = "") -> str:
+    """A file of one published model version; ``prefix`` is the setting ``training.prefix``."""
+    return f"{prefix}/{version}/{name}"
+
+
+def promoted(prefix: str) -> str:
+    """The pointer that the runtime follows."""
+    return f"{prefix}/promoted.json"

@@ -1,0 +1,212 @@
+"""Reading and writing whole objects, atomically, in S3 or in a directory.
+
+An object appears whole or not at all: S3 gives that by itself, a directory by writing beside and renaming. A conditional write
+(``only_if_absent``) is S3's ``If-None-Match: *``; in a directory a hard link, which fails where the name exists.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import unquote, urlencode, urlsplit
+
+import polars as pl
+
+
+class LakeError(Exception):
+    """The lake cannot do what was asked; the message names the address."""
+
+
+class KeyMissingError(LakeError):
+    """Nothing is stored under this key."""
+
+
+class KeyExistsError(LakeError):
+    """A conditional write met an object that is there already."""
+
+
+class _Backend(Protocol):
+    def read(self, key: str) -> bytes: ...
+    def write(self, key: str, data: bytes, only_if_absent: bool, tags: Mapping[str, str]) -> None: ...
+    def exists(self, key: str) -> bool: ...
+    def keys(self, prefix: str) -> list[str]: ...
+    def tags(self, key: str) -> dict[str, str]: ...
+
+
+class Lake:
+    """One lake, addressed by keys of ``crpbot_lib.lake.keys``.
+
+    ``url`` is ``s3://bucket[/prefix]`` (endpoint and credentials as the AWS SDKs read them) or ``file:///directory``.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self.root = url.rstrip("/")
+        self._backend: _Backend
+        if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
+            self._backend = _Directory(Path(unquote(parts.path)))
+        elif parts.scheme == "s3" and parts.netloc:
+            self._backend = _Bucket(parts.netloc, parts.path.strip("/"))
+        else:
+            raise LakeError(f"CRPBOT_LAKE={url!r} is no address of a lake: expected s3://bucket/prefix or file:///directory")
+
+    def url(self, key: str) -> str:
+        """The full address of ``key``, for logs and XCom."""
+        return f"{self.root}/{key}"
+
+    def exists(self, key: str) -> bool:
+        return self._backend.exists(key)
+
+    def keys(self, prefix: str) -> list[str]:
+        """All keys that begin with ``prefix``, sorted."""
+        return sorted(self._backend.keys(prefix))
+
+    def read(self, key: str) -> bytes:
+        """The object's bytes; KeyMissingError when there is none."""
+        try:
+            return self._backend.read(key)
+        except KeyMissingError:
+            raise KeyMissingError(f"{self.url(key)} does not exist") from None
+
+    def write(self, key: str, data: bytes, *, only_if_absent: bool = False, tags: Mapping[str, str] | None = None) -> None:
+        """Stores ``data`` whole. ``only_if_absent``: KeyExistsError, and nothing changed, where an object is there already.
+        ``tags`` become S3 object tags (a ``.tags.json`` beside the file in a directory)."""
+        try:
+            self._backend.write(key, data, only_if_absent, tags or {})
+        except KeyExistsError:
+            raise KeyExistsError(f"{self.url(key)} exists already") from None
+
+    def tags(self, key: str) -> dict[str, str]:
+        return self._backend.tags(key)
+
+    def read_json(self, key: str) -> Any:
+        data = self.read(key)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise LakeError(f"{self.url(key)} is not JSON ({error}); restore it or delete it and run the step again") from error
+
+    def write_json(self, key: str, value: Any, *, only_if_absent: bool = False, tags: Mapping[str, str] | None = None) -> None:
+        """``value`` as JSON with sorted keys: equal values give equal bytes."""
+        text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        self.write(key, text.encode(), only_if_absent=only_if_absent, tags=tags)
+
+    def read_frame(self, key: str) -> pl.DataFrame:
+        data = self.read(key)
+        try:
+            return pl.read_parquet(io.BytesIO(data))
+        except pl.exceptions.PolarsError as error:
+            raise LakeError(f"{self.url(key)} is not a readable parquet file ({error}); delete it and fetch it again") from error
+
+    def write_frame(self, key: str, frame: pl.DataFrame) -> None:
+        """``frame`` as parquet (zstd, level 1). Equal frames give equal bytes under one version of polars."""
+        buffer = io.BytesIO()
+        frame.write_parquet(buffer, compression="zstd", compression_level=1, statistics=True)
+        self.write(key, buffer.getvalue())
+
+
+class _Directory:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def _path(self, key: str) -> Path:
+        path = (self.root / key).resolve()
+        if not path.is_relative_to(self.root.resolve()):
+            raise LakeError(f"the key {key!r} leads out of {self.root}")
+        return path
+
+    def read(self, key: str) -> bytes:
+        try:
+            return self._path(key).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise KeyMissingError(key) from None
+
+    def write(self, key: str, data: bytes, only_if_absent: bool, tags: Mapping[str, str]) -> None:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if only_if_absent:
+                try:
+                    os.link(part, path)
+                except FileExistsError:
+                    raise KeyExistsError(key) from None
+            else:
+                part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        if tags:
+            self.write(f"{key}.tags.json", json.dumps(dict(tags), sort_keys=True).encode(), False, {})
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def keys(self, prefix: str) -> list[str]:
+        base = self._path(prefix.rpartition("/")[0])
+        found = (p.relative_to(self.root.resolve()).as_posix() for p in base.rglob("*") if p.is_file())
+        return [k for k in found if k.startswith(prefix) and not k.endswith((".part", ".tags.json"))]
+
+    def tags(self, key: str) -> dict[str, str]:
+        try:
+            return dict(json.loads(self.read(f"{key}.tags.json")))
+        except KeyMissingError:
+            return {}
+
+
+class _Bucket:
+    def __init__(self, bucket: str, prefix: str) -> None:
+        import boto3
+        from botocore.config import Config
+
+        self.bucket, self.prefix = bucket, f"{prefix}/" if prefix else ""
+        # boto3.client shares one default session, which is not safe to create from two threads at once
+        self.client = boto3.session.Session().client(
+            "s3", config=Config(retries={"mode": "standard", "max_attempts": 6}, connect_timeout=10, read_timeout=60)
+        )
+
+    def read(self, key: str) -> bytes:
+        try:
+            return self.client.get_object(Bucket=self.bucket, Key=self.prefix + key)["Body"].read()
+        except self.client.exceptions.NoSuchKey:
+            raise KeyMissingError(key) from None
+
+    def write(self, key: str, data: bytes, only_if_absent: bool, tags: Mapping[str, str]) -> None:
+        from botocore.exceptions import ClientError
+
+        options: dict[str, Any] = {"IfNoneMatch": "*"} if only_if_absent else {}
+        if tags:
+            options["Tagging"] = urlencode(dict(tags))
+        try:
+            self.client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, **options)
+        except ClientError as error:
+            if only_if_absent and error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
+                raise KeyExistsError(key) from None
+            raise
+
+    def exists(self, key: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        try:
+            self.client.head_object(Bucket=self.bucket, Key=self.prefix + key)
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
+                return False
+            raise
+        return True
+
+    def keys(self, prefix: str) -> list[str]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
+        return [item["Key"][len(self.prefix) :] for page in pages for item in page.get("Contents", [])]
+
+    def tags(self, key: str) -> dict[str, str]:
+        tag_set = self.client.get_object_tagging(Bucket=self.bucket, Key=self.prefix + key)["TagSet"]
+        return {tag["Key"]: tag["Value"] for tag in tag_set}
