@@ -188,7 +188,10 @@ class _Bucket:
         try:
             self.client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, **options)
         except ClientError as error:
-            if only_if_absent and error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
+            if only_if_absent and error.response["Error"]["Code"] in (
+                "PreconditionFailed",
+                "ConditionalRequestConflict",
+            ):
                 raise KeyExistsError(key) from None
             raise
 

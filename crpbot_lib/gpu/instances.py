@@ -1,0 +1,106 @@
+"""Our instances as EC2 sees them, found by tag and never only by a remembered id."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mypy_boto3_ec2 import EC2Client
+    from mypy_boto3_ec2.type_defs import FilterTypeDef, InstanceTypeDef
+
+# Tag keys. The dead-man's switch, the IAM policies and the reaper select by the first.
+TAG_PROJECT = "crpbot:project"
+TAG_RUN = "crpbot:run"
+TAG_GENERATION = "crpbot:generation"
+TAG_DEADLINE = "crpbot:deadline"
+TAG_OWNER = "crpbot:owner"
+TAG_DAG = "crpbot:dag"
+TAG_DAG_RUN = "crpbot:dag-run"
+TAG_REAP = "crpbot:reap-seen"
+
+ALIVE = ("pending", "running", "stopping", "stopped")
+"""States in which an instance bills or can be started again. ``stopped`` counts: its volume bills, and somebody may start it."""
+ENDING = ("shutting-down", "terminated")
+
+UTC_NOW: Callable[[], datetime] = lambda: datetime.now(UTC)  # noqa: E731
+
+
+class GpuError(Exception):
+    """An instance could not be handled as asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One instance. Times are UTC; ``ended_at`` is EC2's own record of the transition, None while it lives."""
+
+    id: str
+    type: str
+    state: str
+    market: str
+    zone: str
+    launched_at: datetime
+    ended_at: datetime | None
+    reason: str
+    tags: dict[str, str]
+
+    @property
+    def run(self) -> str:
+        return self.tags.get(TAG_RUN, "")
+
+    @property
+    def generation(self) -> int:
+        return int(self.tags.get(TAG_GENERATION, "0"))
+
+    @property
+    def alive(self) -> bool:
+        return self.state in ALIVE
+
+    @property
+    def deadline(self) -> datetime | None:
+        """The time by which the instance must be gone; None when the tag is missing or unreadable, which is itself suspicious."""
+        try:
+            value = datetime.fromisoformat(self.tags[TAG_DEADLINE])
+        except (KeyError, ValueError):
+            return None
+        return value if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+def find(ec2: EC2Client, project: str, run: str | None = None, states: Iterable[str] = (*ALIVE, *ENDING)) -> list[Instance]:
+    """All instances of the project, or of one run, in any of ``states``, oldest first.
+
+    An API error propagates: it is never read as "none found".
+    """
+    filters: list[FilterTypeDef] = [
+        {"Name": f"tag:{TAG_PROJECT}", "Values": [project]},
+        {"Name": "instance-state-name", "Values": list(states)},
+    ]
+    if run is not None:
+        filters.append({"Name": f"tag:{TAG_RUN}", "Values": [run]})
+    pages = ec2.get_paginator("describe_instances").paginate(Filters=filters)
+    found = [from_api(item) for page in pages for reservation in page["Reservations"] for item in reservation["Instances"]]
+    return sorted(found, key=lambda i: (i.launched_at, i.generation, i.id))
+
+
+def from_api(item: InstanceTypeDef) -> Instance:
+    """One item of DescribeInstances or RunInstances as our own type."""
+    state = item["State"]["Name"]
+    reason = item.get("StateTransitionReason", "")
+    # EC2 dates a transition only inside this text: "User initiated (2025-06-01 10:00:00 GMT)"
+    stamp = re.search(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)", reason)
+    ended = datetime.fromisoformat(stamp.group(1)).replace(tzinfo=UTC) if stamp and state in ENDING else None
+    placement: Any = item.get("Placement") or {}
+    return Instance(
+        id=item["InstanceId"],
+        type=item.get("InstanceType", "unknown"),
+        state=state,
+        market="spot" if item.get("InstanceLifecycle") == "spot" else "on-demand",
+        zone=placement.get("AvailabilityZone", ""),
+        launched_at=item["LaunchTime"].astimezone(UTC),
+        ended_at=ended,
+        reason=reason,
+        tags={tag.get("Key", ""): tag.get("Value", "") for tag in item.get("Tags", [])},
+    )

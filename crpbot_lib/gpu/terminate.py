@@ -1,0 +1,87 @@
+"""Ending a run's instances, by tag, until EC2 itself says that they are terminated."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from botocore.exceptions import ClientError
+
+from crpbot_lib.config import GpuSettings
+from crpbot_lib.gpu import instances
+from crpbot_lib.gpu.instances import UTC_NOW, GpuError, Instance
+
+if TYPE_CHECKING:
+    from mypy_boto3_ec2 import EC2Client
+
+log = logging.getLogger(__name__)
+
+# How often the same question may fail before the failure is the answer. Throttling and a network hiccup are retried by botocore
+# already; this covers an API that is away for longer.
+_API_TRIES = 5
+
+
+class TerminationError(GpuError):
+    """Instances may still be alive; the message names them. The reaper and the deadlines are the next layers."""
+
+
+def terminate(ec2: EC2Client, ids: list[str]) -> None:
+    """Asks EC2 to terminate ``ids``; an id that EC2 no longer knows is as good as ended."""
+    for instance_id in ids:
+        try:
+            ec2.terminate_instances(InstanceIds=[instance_id])
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "InvalidInstanceID.NotFound":
+                raise
+            log.warning("%s is unknown to EC2 (a new instance may be invisible for a moment)", instance_id)
+
+
+def terminate_run(
+    ec2: EC2Client,
+    gpu: GpuSettings,
+    run: str,
+    *,
+    now: Callable[[], datetime] = UTC_NOW,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[Instance]:
+    """Terminates every instance tagged with ``run`` and waits until each is ``terminated``.
+
+    Looks twice, with ``gpu.visibility_grace_seconds`` between, before it believes that there is nothing to end. Returns the
+    run's instances, all terminated. Raises TerminationError when one is not within ``gpu.termination_timeout_seconds``.
+    """
+    started = now()
+    failures = 0
+    last_seen: list[Instance] = []
+    while True:
+        try:
+            alive = instances.find_alive_settled(ec2, gpu.project_tag, run, gpu.visibility_grace_seconds, sleep)
+            if alive:
+                log.info("terminating %s of %s", ", ".join(f"{i.id} ({i.type}, {i.state})" for i in alive), run)
+                terminate(ec2, [i.id for i in alive])
+            last_seen = instances.find(ec2, gpu.project_tag, run)
+            failures = 0
+        except ClientError as error:
+            failures += 1
+            if failures >= _API_TRIES:
+                raise TerminationError(
+                    f"EC2 answers {failures} times with an error, so it is unknown whether instances of {run} live: {error}. "
+                    "Run `crpbot gpu list`; the reaper and the instance's own deadline end what is left."
+                ) from error
+            log.warning("EC2 error %d of %d while ending %s: %s", failures, _API_TRIES, run, error)
+            sleep(min(30.0, 2.0**failures))
+            continue
+        open_ = [i for i in last_seen if i.state != "terminated"]
+        if not open_:
+            for i in last_seen:
+                log.info("%s is terminated (%s)", i.id, i.reason or "no reason given")
+            return last_seen
+        waited = (now() - started).total_seconds()
+        if waited > gpu.termination_timeout_seconds:
+            raise TerminationError(
+                f"{', '.join(f'{i.id} is {i.state}' for i in open_)} {waited:.0f} s after TerminateInstances for {run}: "
+                "look at the EC2 console; the reaper tries again every ten minutes."
+            )
+        sleep(gpu.poll_seconds)

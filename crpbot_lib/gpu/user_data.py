@@ -1,0 +1,58 @@
+"""What a launched instance does, as the script that cloud-init runs. Small enough to read before trusting it.
+
+The order is the promise: the deadline is scheduled before anything that can hang, and the last line ends the instance, whatever
+the lines between did (there is no ``set -e``). ``InstanceInitiatedShutdownBehavior=terminate`` makes power-off the end.
+Everything that the job decides is in its spec in the lake; nothing secret stands here, since user data can be read by anyone
+with DescribeInstanceAttribute.
+"""
+
+from __future__ import annotations
+
+import shlex
+from string import Template
+
+_SCRIPT = Template("""\
+#!/bin/bash
+shutdown -h +$minutes
+${login}docker pull $image
+docker run --rm --gpus all --name crpbot-training --network host \\
+  --log-driver awslogs --log-opt awslogs-region=$region --log-opt awslogs-group=$log_group --log-opt awslogs-stream=$log_stream \\
+  -e AWS_REGION=$region -e AWS_ENDPOINT_URL -e CRPBOT_LAKE=$lake -e CRPBOT_RUN=$run -e CRPBOT_GENERATION=$generation \\
+  $image
+shutdown -h now
+""")
+
+
+def render(
+    *,
+    run: str,
+    generation: int,
+    lake: str,
+    image: str,
+    region: str,
+    log_group: str,
+    log_stream: str,
+    max_lifetime_minutes: int,
+) -> str:
+    """The script for one launch. The same arguments give the same text, so that its hash identifies it.
+
+    ``AWS_ENDPOINT_URL`` is passed through by name: set on a machine that has it (a local cloud), absent on AWS.
+    """
+    registry = image.partition("/")[0]
+    login = ""
+    if ".dkr.ecr." in registry:
+        ecr_region = registry.split(".dkr.ecr.")[1].partition(".")[0]
+        login = (
+            f"aws ecr get-login-password --region {shlex.quote(ecr_region)}"
+            f" | docker login --username AWS --password-stdin {shlex.quote(registry)}\n"
+        )
+    values = {
+        "image": image,
+        "region": region,
+        "log_group": log_group,
+        "log_stream": log_stream,
+        "lake": lake,
+        "run": run,
+    }
+    quoted = {name: shlex.quote(value) for name, value in values.items()}
+    return _SCRIPT.substitute(quoted, minutes=int(max_lifetime_minutes), generation=int(generation), login=login)
