@@ -11,7 +11,7 @@ from datetime import UTC, date, datetime
 from functools import lru_cache
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 Timeframe = Literal["1m", "5m", "15m", "1h"]
@@ -34,6 +34,8 @@ class Symbol(_Model):
     coin: str
     coin_listed: date = Field(description="first day CoinGecko has of the coin; the all-time high needs the history from it")
     feature_groups: tuple[FeatureGroup, ...] = ALL_GROUPS
+    all_time_highs: tuple[tuple[float, AwareDatetime], ...] = ()
+    """Dated records (USD price, time) above what the daily prices show; needed where the history does not reach ``coin_listed``."""
 
     @property
     def slug(self) -> str:
@@ -87,7 +89,7 @@ class TrainingSettings(_Model):
 
 class PromotionSettings(_Model):
     allow_smoke: bool = False
-    """Whether a smoke model may be promoted (to the dry run). Only a demonstration sets it; live mode refuses such a model always."""
+    """Whether a smoke model may be promoted (to the dry run). Only a demonstration sets it; live mode refuses it always."""
     dry_run_iterations: int = Field(default=5, ge=1)
 
 
@@ -117,6 +119,13 @@ DEFAULT_SYMBOLS: tuple[Symbol, ...] = (
 )
 
 
+class OrchestrationSettings(_Model):
+    """How the DAGs behave when a task fails for a reason that may pass."""
+
+    retries: int = Field(default=2, ge=0)
+    retry_delay_seconds: float = Field(default=60, ge=0)
+
+
 class Settings(BaseSettings):
     """Everything that may differ between two deployments."""
 
@@ -127,12 +136,17 @@ class Settings(BaseSettings):
     coinbase_url: str = "https://api.coinbase.com"
     coingecko_url: str = "https://pro-api.coingecko.com/api/v3"
     coingecko_api_key: SecretStr | None = None
+    coinbase_requests_per_second: float = Field(default=10, gt=0)
+    """Of one process; Coinbase's public limit."""
+    coingecko_requests_per_second: float = Field(default=8, gt=0)
+    """Of one process; the smallest paid plan allows 500 requests a minute."""
     symbols: tuple[Symbol, ...] = DEFAULT_SYMBOLS
     gpu: GpuSettings = GpuSettings()
     training: TrainingSettings = TrainingSettings()
     promotion: PromotionSettings = PromotionSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     telegram: TelegramSettings = TelegramSettings()
+    orchestration: OrchestrationSettings = OrchestrationSettings()
 
     @classmethod
     def settings_customise_sources(

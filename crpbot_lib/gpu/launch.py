@@ -43,7 +43,7 @@ ADVICE = {
     "VcpuLimitExceeded": "request a higher vCPU quota for G instances in Service Quotas",
     "MaxSpotInstanceCountExceeded": "request a higher spot quota for G instances in Service Quotas",
     "UnauthorizedOperation": "give the Airflow role ec2:RunInstances, ec2:CreateTags and iam:PassRole on the instance profile",
-    "IdempotentParameterMismatch": "the settings changed since this launch was recorded; terminate the run's instances and start a new run",
+    "IdempotentParameterMismatch": "the settings changed since this launch was recorded; start a new run",
     "InvalidAMIID.NotFound": "set CRPBOT_GPU__AMI to an image of the region",
     "InvalidAMIID.Malformed": "set CRPBOT_GPU__AMI to an image of the region",
     "InvalidSubnetID.NotFound": "correct subnet_id of the GPU candidates",

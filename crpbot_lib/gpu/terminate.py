@@ -54,14 +54,14 @@ def terminate_run(
     """
     started = now()
     failures = 0
-    last_seen: list[Instance] = []
+    looked_twice = False
     while True:
         try:
-            alive = instances.find_alive_settled(ec2, gpu.project_tag, run, gpu.visibility_grace_seconds, sleep)
+            seen = instances.find(ec2, gpu.project_tag, run)
+            alive = [i for i in seen if i.alive]
             if alive:
                 log.info("terminating %s of %s", ", ".join(f"{i.id} ({i.type}, {i.state})" for i in alive), run)
                 terminate(ec2, [i.id for i in alive])
-            last_seen = instances.find(ec2, gpu.project_tag, run)
             failures = 0
         except ClientError as error:
             failures += 1
@@ -73,11 +73,17 @@ def terminate_run(
             log.warning("EC2 error %d of %d while ending %s: %s", failures, _API_TRIES, run, error)
             sleep(min(30.0, 2.0**failures))
             continue
-        open_ = [i for i in last_seen if i.state != "terminated"]
+        open_ = [i for i in seen if i.state != "terminated"]
+        if not open_ and not looked_twice:
+            # a new instance may be invisible to DescribeInstances for a moment (EC2 API reference, eventual consistency), so one
+            # answer without a living instance proves nothing
+            looked_twice = True
+            sleep(gpu.visibility_grace_seconds)
+            continue
         if not open_:
-            for i in last_seen:
+            for i in seen:
                 log.info("%s is terminated (%s)", i.id, i.reason or "no reason given")
-            return last_seen
+            return seen
         waited = (now() - started).total_seconds()
         if waited > gpu.termination_timeout_seconds:
             raise TerminationError(

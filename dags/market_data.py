@@ -1,0 +1,68 @@
+"""# market_data
+
+Fetches one UTC day of market data into the lake, for every symbol of the configuration:
+
+1. `fetch_1m`, the 1-minute candles, and `fetch_timeframes`, the 5m, 15m and 1h candles, from the exchange;
+2. `fetch_coingecko`, the hourly points of the day and the daily history known on that day;
+3. `check_quality`, which fails when a partition is absent or broken and writes the day's quality record.
+
+The partition key is the day, e.g. `2025-05-26`; it says everything that a run needs, so any day can be run again or by backfill in
+any order and gives the same bytes. The run of a day starts at the next midnight.
+
+**When it fails:** the task log names the request and what to do. Clear the task; nothing half-written stays.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime
+from typing import Any
+
+from airflow.sdk import CronPartitionTimetable, dag, task
+
+from crpbot_airflow.defaults import Tag, default_args, run_step
+from crpbot_lib.config import settings
+
+SYMBOLS = [symbol.name for symbol in settings().symbols]
+
+
+@dag(
+    schedule=CronPartitionTimetable("0 0 * * *", timezone="UTC", run_offset=-1, key_format="%Y-%m-%d"),
+    start_date=datetime(2023, 11, 10, tzinfo=UTC),
+    catchup=False,
+    max_active_runs=3,
+    default_args=default_args(),
+    doc_md=__doc__,
+    tags=[Tag.DATA],
+)
+def market_data() -> None:
+    @task
+    def fetch_1m(symbol: str, partition_key: str) -> dict[str, Any]:
+        from crpbot_lib.steps import ingest
+
+        return run_step(ingest.fetch_candles, symbol, "1m", date.fromisoformat(partition_key))
+
+    @task
+    def fetch_timeframes(symbol: str, partition_key: str) -> list[dict[str, Any]]:
+        from crpbot_lib.steps import ingest
+
+        day = date.fromisoformat(partition_key)
+        return [run_step(ingest.fetch_candles, symbol, timeframe, day) for timeframe in ("5m", "15m", "1h")]
+
+    @task
+    def fetch_coingecko(symbol: str, partition_key: str) -> dict[str, Any]:
+        from crpbot_lib.steps import ingest
+
+        return run_step(ingest.fetch_coingecko, symbol, date.fromisoformat(partition_key))
+
+    @task
+    def check_quality(partition_key: str) -> dict[str, Any]:
+        from crpbot_lib.steps import ingest
+
+        return run_step(ingest.check_quality, SYMBOLS, date.fromisoformat(partition_key))
+
+    day = "{{ partition_key }}"
+    fetched = [step.partial(partition_key=day).expand(symbol=SYMBOLS) for step in (fetch_1m, fetch_timeframes, fetch_coingecko)]
+    fetched >> check_quality(day)
+
+
+market_data()

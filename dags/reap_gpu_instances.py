@@ -1,0 +1,37 @@
+"""# reap_gpu_instances
+
+Every ten minutes: terminates tagged GPU instances that nothing else ended, because their run is over or their deadline has passed,
+and says what it did. Layer 4 of the promise that no GPU is left running; `crpbot gpu reap` is the same for cron.
+
+An instance past its deadline ends at once. One whose run has ended is marked on the first pass and ends on the second; one that
+was launched less than five minutes ago is left alone.
+
+**When it fails:** it could not look or could not terminate. That is never "nothing there": run `crpbot gpu list`, and see AWS's
+health page. The deadline on the instance itself stands behind it.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+from airflow.sdk import CronTriggerTimetable, dag
+
+from crpbot_airflow.defaults import Tag, default_args
+from crpbot_airflow.operators import ReapInstances
+
+
+@dag(
+    schedule=CronTriggerTimetable("*/10 * * * *", timezone="UTC"),
+    start_date=datetime(2023, 11, 10, tzinfo=UTC),
+    catchup=False,
+    max_active_runs=1,
+    default_args=default_args(),
+    doc_md=__doc__,
+    tags=[Tag.GPU, Tag.SAFETY],
+    is_paused_upon_creation=False,
+)
+def reap_gpu_instances() -> None:
+    ReapInstances(task_id="reap", execution_timeout=timedelta(minutes=5))
+
+
+reap_gpu_instances()

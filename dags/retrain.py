@@ -1,0 +1,169 @@
+"""# retrain
+
+Retrains one LSTM per symbol on a spot GPU instance, publishes the models, and **always terminates the instance**.
+
+`plan` → `ensure_coverage` (fetches what is missing) → `plan_features` → `build_features` → `gate_features` (73 / 54 / 73) →
+`reserve` → `launch` → `train` (the job's log lines appear here while it runs) → `check_model` → `sync_models` →
+`terminate` → `cost_report`.
+
+* `terminate` is a teardown that finds the run's instances **by tag** and waits until EC2 says `terminated`. It runs after
+  success, failure, a mark or a clear. `reap_gpu_instances`, the job's own power-off and the deadline that is scheduled at boot
+  stand behind it.
+* The run is green only if training, sync **and** termination succeeded: `watch_for_failures` fails the run otherwise.
+* `train` retries on a new instance when an instance was interrupted or lost. What would fail the same way again is not retried.
+
+**Parameters.** `start`, `end`: UTC days, `[start, end)`; empty means the days before the run's own day, as many as the setting
+`training.days`. `symbols`: which to train. `smoke`: a few steps of a small model, allowed without a GPU; such a model says SMOKE
+wherever it shows and never goes live.
+
+**When it fails:** read the failed task's log; then check `crpbot gpu list` prints no living instance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+from airflow.sdk import CronTriggerTimetable, Param, dag, task
+from airflow.sdk.exceptions import AirflowFailException
+
+from crpbot_airflow.defaults import MODELS_ASSET, Tag, default_args, run_step
+from crpbot_airflow.operators import LaunchTrainingInstance, TerminateRunInstances, TrainOnInstance
+from crpbot_lib.config import settings
+
+SYMBOLS = [symbol.name for symbol in settings().symbols]
+
+
+@dag(
+    schedule=CronTriggerTimetable("0 2 * * 1", timezone="UTC"),
+    start_date=datetime(2023, 11, 10, tzinfo=UTC),
+    catchup=False,
+    max_active_runs=1,
+    # no dagrun_timeout here: it would skip the teardown (docs/termination.md); every task has its own limit instead
+    default_args=default_args(),
+    params={
+        "start": Param("", type="string", description="first UTC day, e.g. 2025-05-26; empty: end - training.days"),
+        "end": Param("", type="string", description="day after the last UTC day; empty: the day of the run"),
+        "symbols": Param(SYMBOLS, type="array", items={"type": "string", "enum": SYMBOLS}, description="what to train"),
+        "smoke": Param(settings().training.smoke, type="boolean", description="few steps, small model, no GPU needed"),
+    },
+    doc_md=__doc__,
+    tags=[Tag.TRAINING, Tag.GPU],
+)
+def retrain() -> None:
+    @task
+    def plan(params: dict[str, Any], dag_run: Any) -> dict[str, Any]:
+        """The interval, the symbols and the name of this training run; everything after takes them from here."""
+        try:
+            end = date.fromisoformat(params["end"]) if params["end"] else dag_run.run_after.astimezone(UTC).date()
+            start = date.fromisoformat(params["start"]) if params["start"] else end - timedelta(days=settings().training.days)
+        except ValueError as error:
+            raise AirflowFailException(
+                f"start={params['start']!r}, end={params['end']!r}: expected days like 2025-05-26"
+            ) from error
+        if start >= end:
+            raise AirflowFailException(f"start={start} is not before end={end}: nothing to train on; correct the run's parameters")
+        if not params["symbols"]:
+            raise AirflowFailException("symbols is empty: name at least one of " + ", ".join(SYMBOLS))
+        # the slug alone may be cut or collide; the hash of the whole run id may not
+        slug = re.sub(r"[^a-z0-9]+", "-", dag_run.run_id.lower()).strip("-")[:40].strip("-")
+        run = f"{end.isoformat()}-{slug}-{hashlib.sha256(dag_run.run_id.encode()).hexdigest()[:8]}"
+        return {
+            "run": run,
+            "start": start.isoformat(),
+            "end": end.isoformat(),
+            "symbols": params["symbols"],
+            "smoke": bool(params["smoke"]),
+        }
+
+    @task
+    def symbols_of(run_plan: dict[str, Any]) -> list[str]:
+        return list(run_plan["symbols"])
+
+    @task
+    def ensure_coverage(symbol: str, run_plan: dict[str, Any]) -> dict[str, Any]:
+        from crpbot_lib.steps import ingest
+
+        start, end = date.fromisoformat(run_plan["start"]), date.fromisoformat(run_plan["end"])
+        return run_step(ingest.ensure_coverage, symbol, start, end)
+
+    @task
+    def plan_features(run_plan: dict[str, Any]) -> dict[str, Any]:
+        from crpbot_lib.steps import features
+
+        start, end = date.fromisoformat(run_plan["start"]), date.fromisoformat(run_plan["end"])
+        return run_step(features.plan_features, run_plan["symbols"], start, end)
+
+    @task
+    def build_features(symbol: str, feature_plan: dict[str, Any]) -> dict[str, Any]:
+        from crpbot_lib.steps import features
+
+        return run_step(features.build_features, feature_plan, symbol)
+
+    @task
+    def gate_features(feature_plan: dict[str, Any]) -> dict[str, Any]:
+        from crpbot_lib.steps import features
+
+        return run_step(features.gate_features, feature_plan)
+
+    @task
+    def reserve(run_plan: dict[str, Any], feature_plan: dict[str, Any]) -> str:
+        """Writes the job's spec. Never touches EC2: it always succeeds as a setup, so the teardown always runs."""
+        from crpbot_lib import training
+
+        def write(current: Any, lake: Any) -> str:
+            spec = training.job_spec(
+                current, lake, run_plan["run"], feature_plan["version"], run_plan["symbols"], run_plan["smoke"]
+            )
+            training.write_job(lake, spec)
+            return str(run_plan["run"])
+
+        return run_step(write)
+
+    @task
+    def check_model(symbol: str, run: str) -> dict[str, Any]:
+        from crpbot_lib import training
+
+        return run_step(lambda _, lake: training.check_model(lake, run, symbol))
+
+    @task(outlets=[MODELS_ASSET])
+    def sync_models(run: str, outlet_events: Any) -> dict[str, Any]:
+        from crpbot_lib import registry
+
+        published = run_step(registry.publish, run)
+        outlet_events[MODELS_ASSET].extra = {"version": published["version"]}
+        return published
+
+    @task(trigger_rule="all_done")
+    def cost_report(run: str) -> dict[str, Any]:
+        from crpbot_airflow.operators import cost_of_run
+
+        return cost_of_run(run)
+
+    @task(trigger_rule="one_failed", retries=0)
+    def watch_for_failures() -> None:
+        """Without it a green teardown would make a failed run green: the leaves alone decide a run's state."""
+        raise AirflowFailException("a task of this run failed; the first failed task's log says why")
+
+    run_plan = plan()
+    symbols = symbols_of(run_plan)
+    covered = ensure_coverage.partial(run_plan=run_plan).expand(symbol=symbols)
+    feature_plan = plan_features(run_plan)
+    built = build_features.partial(feature_plan=feature_plan).expand(symbol=symbols)
+    gate = gate_features(feature_plan)
+    reserved = reserve(run_plan, feature_plan).as_setup()
+    run = "{{ ti.xcom_pull(task_ids='plan')['run'] }}"
+    launch = LaunchTrainingInstance(task_id="launch", run=run).as_setup()
+    train = TrainOnInstance(task_id="train", run=run)
+    checked = check_model.partial(run=run).expand(symbol=symbols)
+    synced = sync_models(run)
+    terminate = TerminateRunInstances(task_id="terminate", run=run, retries=5).as_teardown(setups=[reserved, launch])
+
+    covered >> feature_plan >> built >> gate >> reserved >> launch >> train >> checked >> synced >> terminate
+    terminate >> cost_report(run)
+    [run_plan, covered, feature_plan, built, gate, train, checked, synced, terminate] >> watch_for_failures()
+
+
+retrain()

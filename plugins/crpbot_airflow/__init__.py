@@ -1,0 +1,1 @@
+"""Airflow-only code: thin adapters over crpbot_lib."""

@@ -1,0 +1,185 @@
+"""The Amazon provider's EC2 operators, extended where they fall short: instances found by tag, a launch that survives its
+launcher, a teardown that waits for ``terminated``, a deferrable watch.
+
+``on_kill`` raises in each: it runs in the signal handler of the task's main thread, so ``execute`` really stops.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from airflow.providers.amazon.aws.hooks.ec2 import EC2Hook
+from airflow.providers.amazon.aws.links.ec2 import EC2InstanceDashboardLink
+from airflow.providers.amazon.aws.operators.ec2 import EC2CreateInstanceOperator, EC2TerminateInstanceOperator
+from airflow.sdk import BaseOperator
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from crpbot_airflow.triggers import TrainingJobTrigger
+from crpbot_lib.config import settings
+from crpbot_lib.gpu import cost, launch, reap, terminate, watch
+from crpbot_lib.gpu.instances import TAG_DAG, TAG_DAG_RUN, UTC_NOW, Instance
+from crpbot_lib.lake import Lake
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+
+log = logging.getLogger(__name__)
+
+
+def _ec2_hook() -> EC2Hook:
+    gpu = settings().gpu
+    return EC2Hook(aws_conn_id=gpu.aws_conn_id, region_name=gpu.region, api_type="client_type")
+
+
+def _ensure(context: Context, run: str) -> Instance:
+    current = settings()
+    lake = Lake(current.lake)
+    dag_run = context["dag_run"]
+    try:
+        return launch.ensure_instance(
+            _ec2_hook().conn,
+            lake,
+            current.gpu,
+            run,
+            dag=dag_run.dag_id,
+            dag_run=dag_run.run_id,
+            replace=watch.job_failed(lake, run),
+        )
+    except launch.LaunchRefusedError as error:
+        raise AirflowFailException(str(error)) from error
+
+
+class LaunchTrainingInstance(EC2CreateInstanceOperator):
+    """The run's one instance, launched if there is none. A second call, by a retry or a clear, finds the first one's by tag.
+
+    :param run: the name of the training run.
+    """
+
+    template_fields: Sequence[str] = ("run",)
+
+    def __init__(self, *, run: str, **kwargs: Any) -> None:
+        gpu = settings().gpu
+        super().__init__(image_id=gpu.ami, aws_conn_id=gpu.aws_conn_id, region_name=gpu.region, **kwargs)
+        self.run = run
+
+    def execute(self, context: Context) -> dict[str, str]:
+        instance = _ensure(context, self.run)
+        EC2InstanceDashboardLink.persist(
+            context=context,
+            operator=self,
+            region_name=self.hook.conn_region_name,
+            aws_partition=self.hook.conn_partition,
+            instance_ids=EC2InstanceDashboardLink.format_instance_id_filter([instance.id]),
+        )
+        return {"run": self.run, "instance": instance.id, "type": instance.type}
+
+    def on_kill(self) -> NoReturn:
+        # not terminated here: the teardown finds the instance by tag, and a killed process must not start long calls
+        raise AirflowException(f"killed while launching for {self.run}; the teardown ends what was launched")
+
+
+class TrainOnInstance(BaseOperator):
+    """One deferrable task for all coins of a run: ensures the instance, then follows the job until it ends.
+
+    A try after an interruption launches the next generation. The job's log lines appear in this task's log.
+
+    :param run: the name of the training run.
+    """
+
+    template_fields: Sequence[str] = ("run",)
+
+    def __init__(self, *, run: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.run = run
+
+    def execute(self, context: Context) -> NoReturn:
+        instance = _ensure(context, self.run)
+        gpu = settings().gpu
+        self.log.info("following %s on %s (generation %d)", self.run, instance.id, instance.generation)
+        self.defer(
+            trigger=TrainingJobTrigger(run=self.run, generation=instance.generation, started=UTC_NOW().isoformat()),
+            method_name="execute_complete",
+            timeout=timedelta(minutes=gpu.max_lifetime_minutes + gpu.boot_timeout_minutes),
+        )
+        raise AssertionError("defer returns never")
+
+    def execute_complete(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """The trigger's verdict as the task's end; only what another try may mend is retried."""
+        if event["verdict"] == "succeeded":
+            return event
+        message = f"{self.run}: {event['verdict']}: {event['message']}"
+        raise AirflowFailException(message) if event["permanent"] else AirflowException(message)
+
+    def on_kill(self) -> NoReturn:
+        raise AirflowException(f"killed while training {self.run}; the teardown ends its instance")
+
+
+class TerminateRunInstances(EC2TerminateInstanceOperator):
+    """Terminates every instance tagged with the run and waits until EC2 says ``terminated``.
+
+    :param run: the name of the training run.
+    """
+
+    template_fields: Sequence[str] = ("run",)
+
+    def __init__(self, *, run: str, **kwargs: Any) -> None:
+        gpu = settings().gpu
+        super().__init__(instance_ids=[], aws_conn_id=gpu.aws_conn_id, region_name=gpu.region, **kwargs)
+        self.run = run
+
+    def execute(self, context: Context) -> list[dict[str, str]]:  # noqa: ARG002
+        ended = terminate.terminate_run(self.hook.conn, settings().gpu, self.run)
+        if not ended:
+            self.log.info("no instance of %s was ever launched", self.run)
+        return [{"instance": i.id, "type": i.type, "state": i.state, "reason": i.reason} for i in ended]
+
+    def on_kill(self) -> NoReturn:
+        raise AirflowException(f"killed while terminating {self.run}; the reaper and the deadline end what is left")
+
+
+class ReapInstances(BaseOperator):
+    """Ends tagged instances whose run has ended or whose deadline has passed. The same as ``crpbot gpu reap``."""
+
+    def execute(self, context: Context) -> dict[str, int]:
+        ti = context["ti"]
+
+        def run_ended(instance: Instance) -> bool | None:
+            dag, dag_run = instance.tags.get(TAG_DAG), instance.tags.get(TAG_DAG_RUN)
+            if not dag or not dag_run:
+                return None
+            try:
+                return str(ti.get_dagrun_state(dag_id=dag, run_id=dag_run)) in ("success", "failed")
+            except Exception as error:
+                # whatever the reason, unknown is not ended: the deadline decides, and the log says why
+                self.log.warning("state of %s/%s unknown (%s); only the deadline counts for %s", dag, dag_run, error, instance.id)
+                return None
+
+        verdicts = reap.reap(_ec2_hook().conn, settings().gpu, run_ended)
+        counts = {"keep": 0, "suspect": 0, "terminate": 0}
+        for verdict in verdicts:
+            counts[verdict.action] += 1
+        return counts
+
+
+def cost_of_run(run: str) -> dict[str, Any]:
+    """The bill of one run, logged as a line an instance and kept in the lake."""
+    current = settings()
+    bill = cost.report(_ec2_hook().conn, Lake(current.lake), current.gpu, run)
+    for row in bill["instances"]:
+        log.info(
+            "%s %s %s: %.0f s at $%s/h = $%s (on demand $%s), %s",
+            row["id"],
+            row["type"],
+            row["market"],
+            row["seconds"],
+            row["usd_per_hour"],
+            row["usd"],
+            row["on_demand_usd"],
+            row["state"],
+        )
+    log.info("run %s cost $%.4f (on demand $%.4f), %d instance(s)", run, bill["usd"], bill["on_demand_usd"], len(bill["instances"]))
+    return bill

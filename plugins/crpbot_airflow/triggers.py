@@ -1,0 +1,80 @@
+"""The long-lived trigger behind ``TrainOnInstance``. In plugins/, since the triggerer cannot import from the dags folder."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Any
+
+from airflow.triggers.base import BaseTrigger, TriggerEvent
+from asgiref.sync import sync_to_async
+
+# How many rounds in a row may fail (AWS or the lake away) before the task is told; each round waits poll_seconds more.
+_MAX_FAILURES = 20
+
+
+class TrainingJobTrigger(BaseTrigger):
+    """Follows one generation's job until it ends; its log lines become lines of the task's log.
+
+    One trigger for the whole job: each new trigger would begin the task's trigger log anew. A restarted triggerer runs it again
+    with the same arguments and so re-attaches; it launches nothing.
+    """
+
+    def __init__(self, run: str, generation: int, started: str) -> None:
+        super().__init__()
+        self.run_name = run
+        self.generation = generation
+        self.started = started
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        arguments = {"run": self.run_name, "generation": self.generation, "started": self.started}
+        return "crpbot_airflow.triggers.TrainingJobTrigger", arguments
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        # boto3 is synchronous: its calls run in a thread, so that one slow answer does not hold up the other triggers
+        watcher = await sync_to_async(self._watcher, thread_sensitive=False)()
+        poll = sync_to_async(watcher.new_lines, thread_sensitive=False)
+        ask = sync_to_async(watcher.outcome, thread_sensitive=False)
+        failures = 0
+        while True:
+            try:
+                # the outcome is asked for first: lines written before it are then all fetched below
+                outcome = await ask()
+                if outcome:
+                    await asyncio.sleep(min(2.0, watcher.gpu.poll_seconds))
+                for line in await poll():
+                    self.log.info("%s", line)
+                failures = 0
+            except Exception as error:
+                failures += 1
+                self.log.warning("round failed (%d of %d): %s", failures, _MAX_FAILURES, error)
+                if failures >= _MAX_FAILURES:
+                    message = f"the job could not be followed any longer: {error}"
+                    yield TriggerEvent({"verdict": "unknown", "message": message, "permanent": False})
+                    return
+                outcome = None
+            if outcome:
+                yield TriggerEvent({"verdict": outcome.verdict, "message": outcome.message, "permanent": outcome.permanent})
+                return
+            await asyncio.sleep(watcher.gpu.poll_seconds)
+
+    def _watcher(self) -> Any:
+        from airflow.providers.amazon.aws.hooks.base_aws import AwsBaseHook
+        from airflow.providers.amazon.aws.hooks.ec2 import EC2Hook
+
+        from crpbot_lib.config import settings
+        from crpbot_lib.gpu.watch import Watcher
+        from crpbot_lib.lake import Lake
+
+        current = settings()
+        options: dict[str, Any] = {"aws_conn_id": current.gpu.aws_conn_id, "region_name": current.gpu.region}
+        return Watcher(
+            ec2=EC2Hook(api_type="client_type", **options).conn,
+            logs=AwsBaseHook(client_type="logs", **options).conn,
+            lake=Lake(current.lake),
+            gpu=current.gpu,
+            run=self.run_name,
+            generation=self.generation,
+            started=datetime.fromisoformat(self.started),
+        )

@@ -1,0 +1,70 @@
+"""What every test has: dummy credentials, loopback only, the real market data where it is at hand."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# before anything imports boto3 or Airflow
+for _name in [name for name in os.environ if name.startswith(("AWS_", "CRPBOT_", "AIRFLOW"))]:
+    if _name not in ("AWS_CA_BUNDLE", "CRPBOT_SANDBOX_DATA"):
+        del os.environ[_name]
+os.environ.update(
+    AWS_EC2_METADATA_DISABLED="true",
+    AWS_ACCESS_KEY_ID="test",
+    AWS_SECRET_ACCESS_KEY="test",  # noqa: S105
+    AWS_DEFAULT_REGION="us-east-1",
+    AWS_CONFIG_FILE=os.devnull,
+    AWS_SHARED_CREDENTIALS_FILE=os.devnull,
+)
+
+
+@pytest.fixture(scope="session")
+def market_data_dir() -> Path | None:
+    """The folder of real market data (see docs/sandbox.md), or None: then tests use generated data and say so."""
+    configured = os.environ.get("CRPBOT_SANDBOX_DATA")
+    path = Path(configured) if configured else REPOSITORY.parent / "shared" / "market_data"
+    return path if path.is_dir() else None
+
+
+class OutsideConnectionError(AssertionError):
+    """A test tried to leave this machine."""
+
+
+@pytest.fixture(autouse=True)
+def loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Any connection that leaves this machine fails the test that tried it."""
+    connect, connect_ex = socket.socket.connect, socket.socket.connect_ex
+
+    def check(address: object) -> None:
+        host = address[0] if isinstance(address, tuple) else None
+        if host is not None and host not in ("localhost", "::1") and not str(host).startswith("127."):
+            raise OutsideConnectionError(f"a test tried to connect to {address}; tests may use loopback only")
+
+    def guarded_connect(self: socket.socket, address: object) -> None:
+        check(address)
+        connect(self, address)  # type: ignore[arg-type]
+
+    def guarded_connect_ex(self: socket.socket, address: object) -> int:
+        check(address)
+        return connect_ex(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", guarded_connect)
+    monkeypatch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
+    yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_settings() -> Iterator[None]:
+    """Settings are read once a process; each test reads its own."""
+    from crpbot_lib.config import settings
+
+    settings.cache_clear()
+    yield
+    settings.cache_clear()
