@@ -1,0 +1,99 @@
+"""``python -m crpbot_lib.sandbox serve``: the local cloud as a process of its own, until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+from crpbot_lib.sandbox.server import Sandbox, SandboxOptions, default_data_dir
+from crpbot_lib.sandbox.synthetic import DEFAULT_END, DEFAULT_START
+
+
+def _time(text: str) -> datetime:
+    if text == "now":
+        return datetime.now(UTC)
+    at = datetime.fromisoformat(text)
+    return at.replace(tzinfo=UTC) if at.tzinfo is None else at
+
+
+def _pair(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    return name, float(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m crpbot_lib.sandbox", description=__doc__)
+    serve = parser.add_subparsers(dest="command", required=True).add_parser("serve", help="run until SIGTERM or Ctrl-C")
+    add = serve.add_argument
+    add("--state", type=Path, required=True, help="folder for sandbox.json (written when ready) and the instances' files")
+    add("--data", type=Path, default=None, help="folder of real market data (default: CRPBOT_SANDBOX_DATA, ../shared/market_data)")
+    add("--synthetic", action="store_true", help="generate market data even where a folder of real data is at hand")
+    add("--synthetic-seed", type=int, default=1)
+    add("--synthetic-start", type=_time, default=DEFAULT_START, metavar="TIME", help="UTC; first generated candle")
+    add("--synthetic-end", type=_time, default=DEFAULT_END, metavar="TIME|now", help="UTC; end of the generated candles")
+    add("--synthetic-price", type=_pair, action="append", default=[], metavar="SYMBOL=USD", help="price at the end; repeatable")
+    add("--spot-price", type=_pair, action="append", default=[], metavar="TYPE=USD", help="USD an hour; repeatable")
+    add("--boot-seconds", type=float, default=2.0)
+    add("--shutdown-seconds", type=float, default=1.5)
+    add("--minute-seconds", type=float, default=60.0, help="length of a minute in an instance's `shutdown -h +N`")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--advertise", default=None, help="host name in the addresses given to clients")
+    add("--port", type=int, default=0, help="markets, Telegram and control; 0: a free one")
+    add("--aws-port", type=int, default=0, help="AWS; 0: a free one")
+    return parser
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    ended = threading.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: ended.set())
+    options = SandboxOptions(
+        data_dir=None if arguments.synthetic else (arguments.data or default_data_dir()),
+        synthetic_seed=arguments.synthetic_seed,
+        synthetic_start=arguments.synthetic_start,
+        synthetic_end=arguments.synthetic_end,
+        synthetic_prices=dict(arguments.synthetic_price),
+        state_dir=arguments.state,
+        boot_seconds=arguments.boot_seconds,
+        shutdown_seconds=arguments.shutdown_seconds,
+        minute_seconds=arguments.minute_seconds,
+        spot_prices={**SandboxOptions().spot_prices, **dict(arguments.spot_price)},
+        host=arguments.host,
+        advertise=arguments.advertise,
+        port=arguments.port,
+        aws_port=arguments.aws_port,
+    )
+    arguments.state.mkdir(parents=True, exist_ok=True)
+    ready = arguments.state / "sandbox.json"
+    ready.unlink(missing_ok=True)
+    with Sandbox(options) as cloud:
+        part = ready.with_suffix(".part")
+        part.write_text(
+            json.dumps(
+                {
+                    "pid": os.getpid(),
+                    "control_url": cloud.control_url,
+                    "env": cloud.env(),
+                    "data": {"kind": cloud.source.kind, "folder": str(options.data_dir) if options.data_dir else None},
+                },
+                indent=1,
+            )
+        )
+        part.replace(ready)
+        ended.wait()
+        logging.getLogger(__name__).info("ending: %d instances", len(cloud.instances()))
+    ready.unlink(missing_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

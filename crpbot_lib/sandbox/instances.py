@@ -1,0 +1,311 @@
+"""The instance runner: each launched instance runs its user data as real processes and lives through EC2's states in real time.
+
+One thread an instance: it waits for the boot, starts the process tree (``guest``), waits for a power-off or a termination, ends
+every process, and only then says ``terminated``. Being the thread that forked the tree, its death (with this process) ends it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from crpbot_lib.sandbox import guest
+from crpbot_lib.sandbox.processes import descendants, send, spawn
+
+State = Literal["pending", "running", "shutting-down", "terminated", "stopping", "stopped"]
+STATE_CODES: dict[State, int] = {
+    "pending": 0,
+    "running": 16,
+    "shutting-down": 32,
+    "terminated": 48,
+    "stopping": 64,
+    "stopped": 80,
+}
+Initiator = Literal["user", "instance", "local cloud"]
+
+TERM_GRACE_SECONDS = 2.0
+"""What the processes of an ending instance get between SIGTERM and SIGKILL."""
+TRAINING_ENTRY_POINT = (sys.executable, "-m", "crpbot_lib.training")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long things take, in seconds. ``minute`` is the length of a minute in ``shutdown -h +N``."""
+
+    boot: float = 2.0
+    shutdown: float = 1.5
+    minute: float = 60.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What RunInstances asked for. ``spot_price`` in USD an hour, None for on-demand."""
+
+    id: str
+    type: str
+    image_id: str
+    user_data: bytes
+    shutdown_behavior: str
+    lifecycle: Literal["spot", "on-demand"]
+    spot_price: float | None
+
+
+@dataclass
+class _End:
+    """Why and when an instance began to end."""
+
+    initiator: Initiator
+    at: datetime
+    final: State
+    began: float = field(default_factory=time.monotonic)
+
+
+class Instance:
+    """One instance. ``changed`` is called, from any thread and with no lock held, after every change of state."""
+
+    def __init__(self, launch: Launch, machine: guest.Machine, timing: Timing, changed: Callable[[Instance], None]) -> None:
+        self.launch = launch
+        self.state: State = "pending"
+        self.history: list[tuple[State, datetime]] = [("pending", datetime.now(UTC))]
+        self.end: _End | None = None
+        self._machine, self._timing, self._changed = machine, timing, changed
+        self._power_off_at: float | None = None
+        self._condition = threading.Condition()
+        self._root: int | None = None
+        self._thread = threading.Thread(target=self._live, name=launch.id, daemon=True)
+
+    # --- asked from outside ---
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def terminate(self, initiator: Initiator = "user") -> None:
+        """Ends the instance for good, from any state. Returns at once; the states follow."""
+        self._begin_end(initiator, "terminated")
+
+    def stop(self, initiator: Initiator = "user") -> None:
+        """StopInstances: like ``terminate``, but the instance stays, ``stopped``."""
+        self._begin_end(initiator, "stopped")
+
+    def power_off(self) -> None:
+        """The instance switched itself off; its InstanceInitiatedShutdownBehavior says what that means."""
+        self._begin_end("instance", "terminated" if self.launch.shutdown_behavior == "terminate" else "stopped")
+
+    def schedule_power_off(self, minutes: int) -> datetime:
+        """``shutdown -h +minutes``: replaces what was scheduled before. Returns when it will be."""
+        seconds = minutes * self._timing.minute
+        with self._condition:
+            self._power_off_at = time.monotonic() + seconds
+            self._condition.notify_all()
+        return datetime.now(UTC) + timedelta(seconds=seconds)
+
+    def cancel_power_off(self) -> None:
+        with self._condition:
+            self._power_off_at = None
+            self._condition.notify_all()
+
+    def pids(self) -> list[int]:
+        """Every living process of the instance, its root first."""
+        root = self._root
+        return [] if root is None else [root, *descendants(root)]
+
+    @property
+    def reason(self) -> str:
+        """StateTransitionReason, dated as EC2 dates it."""
+        if self.end is None:
+            return ""
+        who = "User" if self.end.initiator != "instance" else "Instance"
+        return f"{who} initiated ({self.end.at:%Y-%m-%d %H:%M:%S} GMT)"
+
+    @property
+    def state_reason(self) -> tuple[str, str]:
+        """StateReason's code and message (EC2 API reference)."""
+        if self.end is None:
+            return "", ""
+        who = "User" if self.end.initiator != "instance" else "Instance"
+        code = f"Client.{who}InitiatedShutdown"
+        return code, f"{code}: {who} initiated shutdown"
+
+    @property
+    def console(self) -> str:
+        """What the user data has written so far."""
+        file = self._machine.path / "console.log"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    def join(self, timeout: float) -> bool:
+        """Waits until the instance has ended; False when it has not within ``timeout`` seconds."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # --- its life, in its own thread ---
+
+    def _live(self) -> None:
+        if not self._wait_for_end(self._timing.boot) and self._advance("pending", "running"):
+            self._boot()
+            self._wait_for_end(None)
+        self._end_processes()
+        assert self.end is not None
+        time.sleep(max(0.0, self._timing.shutdown - (time.monotonic() - self.end.began)))
+        self._advance(self.state, self.end.final)
+
+    def _wait_for_end(self, seconds: float | None) -> bool:
+        """Waits for an end that was asked for or scheduled, at most ``seconds``. True when it has come."""
+        limit = None if seconds is None else time.monotonic() + seconds
+        while True:
+            with self._condition:
+                if self.end is not None:
+                    return True
+                now = time.monotonic()
+                due = self._power_off_at
+                if due is None or now < due:
+                    if limit is not None and now >= limit:
+                        return False
+                    wake = [t - now for t in (limit, due) if t is not None]
+                    self._condition.wait(min(wake) if wake else None)
+                    continue
+            self.power_off()
+
+    def _begin_end(self, initiator: Initiator, final: State) -> None:
+        with self._condition:
+            if self.end is None:
+                self.end = _End(initiator, datetime.now(UTC), final)
+            elif final == "terminated" and self.end.final == "stopped":
+                self.end = _End(initiator, datetime.now(UTC), final)
+                if self.state == "stopped":
+                    self._set("terminated")  # nothing runs any more, so there is nothing to wait for
+            else:
+                return
+            if self.state in ("pending", "running", "stopping"):
+                self._set("shutting-down" if final == "terminated" else "stopping")
+            self._condition.notify_all()
+        self._changed(self)
+
+    def _advance(self, before: State, after: State) -> bool:
+        with self._condition:
+            if self.state != before or self.state == after:
+                return False
+            self._set(after)
+        self._changed(self)
+        return True
+
+    def _set(self, state: State) -> None:
+        self.state = state
+        self.history.append((state, datetime.now(UTC)))
+
+    def _boot(self) -> None:
+        flags, problem = _shebang_flags(self.launch.user_data)
+        if problem:
+            (self._machine.path / "console.log").write_text(f"[boot] {self.launch.id}: {problem}\n")
+            return
+        (self._machine.path / "user-data").write_bytes(self.launch.user_data)
+        self._machine.bash_flags.extend(flags)
+        guest.install(self._machine)
+        console = self._machine.path / "console.log"
+        with console.open("ab") as output:
+            self._process = spawn(
+                guest.command("boot", self._machine.path / "machine.json"),
+                env={"PATH": "", **self._machine.environment},
+                cwd=self._machine.path,
+                stdout=output,
+                stderr=output,
+            )
+        self._root = self._process.pid
+
+    def _end_processes(self) -> None:
+        """SIGTERM, a grace, SIGKILL; returns when nothing of the instance runs."""
+        root = self._root
+        if root is None:
+            return
+        # the root of the tree, and what it forked first, stay to the last: they make sure that nothing is left over
+        give_up = time.monotonic() + TERM_GRACE_SECONDS
+        send(descendants(root), signal.SIGTERM)
+        while len(descendants(root)) > 1 and time.monotonic() < give_up:
+            time.sleep(0.02)
+        send([root], signal.SIGTERM)
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            send([root], signal.SIGKILL)
+            self._process.wait()
+        self._root = None
+
+
+def _shebang_flags(user_data: bytes) -> tuple[list[str], str]:
+    """Options of the script's first line (``#!/bin/bash -ex``), or why it cannot be run."""
+    first = user_data.partition(b"\n")[0].decode(errors="replace").strip()
+    if not user_data:
+        return [], "no user data: the instance idles"
+    match = re.fullmatch(r"#!\s*(?:/usr/bin/env\s+|/usr/bin/|/bin/)bash((?:\s+-[eux]+)*)", first)
+    if not match:
+        return [], f"the local cloud runs user data that is a bash script; its first line is {first[:80]!r}, so nothing is run"
+    return match.group(1).split(), ""
+
+
+class Runner:
+    """All instances of one local cloud."""
+
+    def __init__(
+        self,
+        directory: Path,
+        timing: Timing,
+        *,
+        changed: Callable[[Instance], None],
+        entry_point: Sequence[str] = TRAINING_ENTRY_POINT,
+    ) -> None:
+        bash = shutil.which("bash")
+        if bash is None:
+            raise RuntimeError("the local cloud runs user data with bash, and there is none on PATH: install bash")
+        self._bash = bash
+        self._directory, self._timing, self._changed, self._entry_point = directory, timing, changed, list(entry_point)
+        self._instances: dict[str, Instance] = {}
+        # set once the servers listen
+        self.control = ""
+        self.environment: dict[str, str] = {}
+        self.profile: dict[str, str] = {}
+
+    def launch(self, launch: Launch) -> Instance:
+        """Starts the life of an instance; it is ``pending`` when this returns."""
+        directory = self._directory / launch.id
+        directory.mkdir(parents=True)
+        machine = guest.Machine(
+            instance=launch.id,
+            control=self.control,
+            directory=str(directory),
+            bash=self._bash,
+            bash_flags=[],
+            entry_point=self._entry_point,
+            environment=self.environment,
+            profile=self.profile,
+        )
+        instance = Instance(launch, machine, self._timing, self._changed)
+        self._instances[launch.id] = instance
+        instance.start()
+        return instance
+
+    def get(self, instance_id: str) -> Instance:
+        """KeyError names an unknown id."""
+        try:
+            return self._instances[instance_id]
+        except KeyError:
+            raise KeyError(f"no instance {instance_id} was launched in this local cloud") from None
+
+    def all(self) -> list[Instance]:
+        return list(self._instances.values())
+
+    def close(self) -> None:
+        """Ends every instance and waits until no process of any is left."""
+        for instance in self.all():
+            instance.terminate("local cloud")
+        for instance in self.all():
+            if not instance.join(TERM_GRACE_SECONDS + self._timing.shutdown + 10):
+                raise RuntimeError(f"{instance.launch.id} did not end; its processes: {instance.pids()}")

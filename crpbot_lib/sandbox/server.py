@@ -1,0 +1,421 @@
+"""The local cloud as one object: two HTTP servers (AWS; markets, Telegram and control) and the instances behind them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from moto.moto_server.werkzeug_app import MotoRequestHandler
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from werkzeug.exceptions import HTTPException, NotFound
+from werkzeug.routing import Map, Rule
+from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
+from werkzeug.wrappers import Request, Response
+
+from crpbot_lib.config import GpuSettings
+from crpbot_lib.sandbox import coingecko, exchange, synthetic
+from crpbot_lib.sandbox.aws import Aws
+from crpbot_lib.sandbox.data import FolderSource, Source
+from crpbot_lib.sandbox.faults import Fault, Faults
+from crpbot_lib.sandbox.instances import TRAINING_ENTRY_POINT, Instance, Runner, Timing
+
+log = logging.getLogger(__name__)
+
+BUCKET = "crpbot-local"
+COINGECKO_KEY = "local-cloud-dummy-key"
+TELEGRAM_TOKEN = "local-cloud-dummy-token"
+TELEGRAM_CHAT = "1"
+_CREDENTIALS = {"AWS_ACCESS_KEY_ID": "local-cloud", "AWS_SECRET_ACCESS_KEY": "local-cloud"}
+_SSM_PREFIX = "resolve:ssm:"
+
+# moto's backends are globals of the process, so a process holds one local cloud at a time
+_one_per_process = threading.Lock()
+
+
+class SandboxOptions(BaseModel):
+    """How a local cloud differs from the default one. Seconds are real ones; prices in USD an hour."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data_dir: Path | None = None
+    """Folder of real market data; None: generated data."""
+    synthetic_seed: int = 1
+    synthetic_start: datetime = synthetic.DEFAULT_START
+    synthetic_end: datetime = synthetic.DEFAULT_END
+    """The generated candles' window, [start, end)."""
+    synthetic_prices: dict[str, float] = Field(default_factory=dict)
+    """USD at the window's end by symbol, to generate beside another source's candles."""
+    state_dir: Path | None = None
+    """Where instances keep their files and consoles; None: a temporary folder, removed at the end."""
+    boot_seconds: float = Field(default=2.0, ge=0)
+    shutdown_seconds: float = Field(default=1.5, ge=0)
+    minute_seconds: float = Field(default=60.0, gt=0)
+    """Length of a minute in an instance's ``shutdown -h +N``."""
+    spot_prices: dict[str, float] = Field(default_factory=lambda: {"g5.xlarge": 0.30, "g4dn.xlarge": 0.16})
+    region: str = "us-east-1"
+    entry_point: tuple[str, ...] = TRAINING_ENTRY_POINT
+    """What ``docker run`` on an instance starts."""
+    gpu: GpuSettings = GpuSettings()
+    """Names the log group, the instance profile and the image parameter that exist from the start."""
+    host: str = "127.0.0.1"
+    """Address to listen on; something else only inside a container's own network."""
+    advertise: str | None = None
+    """Host name in the addresses given to clients; None: ``host``."""
+    port: int = 0
+    aws_port: int = 0
+
+
+def default_data_dir() -> Path | None:
+    """``CRPBOT_SANDBOX_DATA``, else ``../shared/market_data`` beside the repository if it is there, else None (generated data).
+
+    An empty ``CRPBOT_SANDBOX_DATA`` asks for generated data.
+    """
+    configured = os.environ.get("CRPBOT_SANDBOX_DATA")
+    if configured is not None:
+        return Path(configured) if configured else None
+    beside = Path(__file__).resolve().parents[3] / "shared" / "market_data"
+    return beside if beside.is_dir() else None
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log(self, type: str, message: str, *args: Any) -> None:
+        log.log(logging.ERROR if type == "error" else logging.DEBUG, message, *args)
+
+
+class _QuietMotoHandler(_QuietHandler, MotoRequestHandler):
+    pass
+
+
+class Sandbox:
+    """One local cloud: ``with Sandbox(SandboxOptions(...)) as cloud: … cloud.env() …``.
+
+    When the block ends, so do the servers and every process of every instance. One at a time in a process.
+    """
+
+    def __init__(self, options: SandboxOptions | None = None) -> None:
+        self.options = options or SandboxOptions()
+        self.faults = Faults()
+        self.telegram: list[dict[str, Any]] = []
+        """Messages sent to the Telegram stand-in, oldest first."""
+        self.source: Source
+        self.aws: Aws
+        self.runner: Runner
+        self._servers: list[BaseWSGIServer] = []
+        self._threads: list[threading.Thread] = []
+        self._stopping = threading.Event()
+        self._temporary: Path | None = None
+        self._running = False
+
+    def __enter__(self) -> Sandbox:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> Sandbox:
+        """Starts everything and returns when it answers. RuntimeError when this process has one running already."""
+        if not _one_per_process.acquire(blocking=False):
+            raise RuntimeError("a local cloud runs in this process already (moto keeps its state in globals): stop it first")
+        self._running = True
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _start(self) -> None:
+        options = self.options
+        if options.data_dir is not None:
+            self.source = FolderSource(options.data_dir)
+            log.info("market data: real, from %s; hourly CoinGecko points are derived", options.data_dir)
+        else:
+            self.source = synthetic.SyntheticSource(
+                options.synthetic_seed, options.synthetic_start, options.synthetic_end, options.synthetic_prices
+            )
+            log.warning("market data: SYNTHETIC, a random walk with seed %d", options.synthetic_seed)
+        if options.state_dir is None:
+            self._temporary = Path(tempfile.mkdtemp(prefix="crpbot-local-cloud-"))
+        state = self._temporary or options.state_dir
+        assert state is not None
+        gpu = options.gpu
+        self.aws = Aws(
+            region=options.region,
+            spot_prices=options.spot_prices,
+            bucket=BUCKET,
+            log_groups=[gpu.log_group],
+            instance_profiles=[gpu.instance_profile],
+            image_parameters=[gpu.ami.removeprefix(_SSM_PREFIX)] if gpu.ami.startswith(_SSM_PREFIX) else [],
+        )
+        self.runner = Runner(
+            state.resolve() / "instances",
+            Timing(options.boot_seconds, options.shutdown_seconds, options.minute_seconds),
+            changed=self.aws.show_state,
+            entry_point=options.entry_point,
+        )
+        self.aws.runner = self.runner
+        aws_server = make_server(options.host, options.aws_port, self.aws, threaded=True, request_handler=_QuietMotoHandler)
+        self._servers.append(aws_server)
+        server = make_server(options.host, options.port, self._application, threaded=True, request_handler=_QuietHandler)
+        self._servers.append(server)
+        self._port, self._aws_port = server.server_port, aws_server.server_port
+        # instances run beside the servers, whatever name these have for the outside
+        inside = "127.0.0.1" if options.host == "0.0.0.0" else options.host
+        self.runner.control = f"http://{inside}:{self._port}"
+        self.runner.environment = {
+            "AWS_REGION": options.region,
+            "AWS_DEFAULT_REGION": options.region,
+            "AWS_ENDPOINT_URL": f"http://{inside}:{self._aws_port}",
+        }
+        self.runner.profile = {**_CREDENTIALS, "AWS_EC2_METADATA_DISABLED": "true"}
+        if marker := os.environ.get("CRPBOT_MARKER"):
+            self.runner.environment["CRPBOT_MARKER"] = self.runner.profile["CRPBOT_MARKER"] = marker
+        for server in self._servers:
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        log.info("local cloud: AWS at %s, markets and control at %s", self.aws_url, self.control_url)
+
+    def stop(self) -> None:
+        """Ends every instance with its processes, then the servers. Does nothing when it does not run."""
+        if not self._running:
+            return
+        self._running = False
+        self._stopping.set()
+        try:
+            if hasattr(self, "runner"):
+                self.runner.close()
+        finally:
+            for thread, server in zip(self._threads, self._servers, strict=False):
+                server.shutdown()
+                thread.join()
+            for server in self._servers:
+                server.server_close()
+            if self._temporary is not None:
+                shutil.rmtree(self._temporary)
+            _one_per_process.release()
+
+    # --- for clients ---
+
+    def _address(self, port: int) -> str:
+        return f"http://{self.options.advertise or self.options.host}:{port}"
+
+    @property
+    def control_url(self) -> str:
+        return self._address(self._port)
+
+    @property
+    def aws_url(self) -> str:
+        return self._address(self._aws_port)
+
+    def env(self) -> dict[str, str]:
+        """Environment variables with which any process uses this cloud instead of the outside."""
+        return {
+            "AWS_ENDPOINT_URL": self.aws_url,
+            **_CREDENTIALS,
+            "AWS_REGION": self.options.region,
+            "AWS_DEFAULT_REGION": self.options.region,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "CRPBOT_LAKE": f"s3://{BUCKET}",
+            "CRPBOT_COINBASE_URL": self.control_url,
+            "CRPBOT_COINGECKO_URL": f"{self.control_url}/api/v3",
+            "CRPBOT_COINGECKO_API_KEY": COINGECKO_KEY,
+            "CRPBOT_TELEGRAM__URL": self.control_url,
+            "CRPBOT_TELEGRAM__TOKEN": TELEGRAM_TOKEN,
+            "CRPBOT_TELEGRAM__CHAT_ID": TELEGRAM_CHAT,
+        }
+
+    def instances(self) -> list[dict[str, Any]]:
+        """Every instance ever launched here, oldest first, in JSON; ``pids`` are its living processes."""
+        return [self._record(instance) for instance in self.runner.all()]
+
+    def _record(self, instance: Instance) -> dict[str, Any]:
+        launch = instance.launch
+        return {
+            "id": launch.id,
+            "type": launch.type,
+            "image_id": launch.image_id,
+            "lifecycle": launch.lifecycle,
+            "spot_price": launch.spot_price,
+            "shutdown_behavior": launch.shutdown_behavior,
+            "tags": self.aws.tags(launch.id),
+            "state": instance.state,
+            "history": [{"state": state, "at": at.isoformat()} for state, at in list(instance.history)],
+            "reason": instance.reason,
+            "state_reason": instance.state_reason[0],
+            "pids": instance.pids(),
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What this cloud is, in JSON."""
+        return {
+            "what": "crpbot's local cloud: stand-ins for Coinbase, CoinGecko, Telegram and AWS",
+            "data": self.source.describe(),
+            "aws": {
+                "url": self.aws_url,
+                "region": self.options.region,
+                "spot_prices": self.aws.spot_prices,
+                "unavailable": sorted(self.aws.unavailable),
+                "unavailable_spot": sorted(self.aws.unavailable_spot),
+            },
+            "faults": self.faults.describe(),
+            "pid": os.getpid(),
+        }
+
+    # --- HTTP: markets, Telegram, control ---
+
+    _ROUTES = Map(
+        [
+            Rule("/api/v3/brokerage/market/products/<product>/candles", endpoint="exchange_candles", methods=["GET"]),
+            Rule("/api/v3/brokerage/market/products/<product>", endpoint="exchange_product", methods=["GET"]),
+            Rule("/api/v3/coins/<coin>/market_chart/range", endpoint="coingecko_range", methods=["GET"]),
+            Rule("/api/v3/coins/<coin>", endpoint="coingecko_coin", methods=["GET"]),
+            Rule("/bot<token>/sendMessage", endpoint="telegram_send", methods=["POST"]),
+            Rule("/_sandbox/about", endpoint="about", methods=["GET"]),
+            Rule("/_sandbox/telegram", endpoint="telegram_list", methods=["GET"]),
+            Rule("/_sandbox/capacity", endpoint="capacity", methods=["POST"]),
+            Rule("/_sandbox/faults", endpoint="faults", methods=["GET", "POST"]),
+            Rule("/_sandbox/instances", endpoint="instances", methods=["GET"]),
+            Rule("/_sandbox/instances/<instance>/console", endpoint="console", methods=["GET"]),
+            Rule("/_sandbox/instances/<instance>/power", endpoint="power", methods=["POST"]),
+            Rule("/_sandbox/instances/<instance>/logs", endpoint="logs", methods=["POST"]),
+        ]
+    )
+
+    def _application(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        request = Request(environ)
+        response: Any
+        try:
+            endpoint, arguments = self._ROUTES.bind_to_environ(environ).match()
+            response = getattr(self, f"_on_{endpoint}")(request, **arguments)
+        except HTTPException as error:
+            response = _json({"error": error.description}, error.code or 500)
+        except (KeyError, ValueError) as error:  # ValidationError is a ValueError
+            response = _json({"error": _message(error)}, 400)
+        sent: Iterable[bytes] = response(environ, start_response)
+        return sent
+
+    def _on_exchange_candles(self, request: Request, product: str) -> Response:
+        return self._market("exchange", lambda: exchange.candles(self.source, product, request))
+
+    def _on_exchange_product(self, _request: Request, product: str) -> Response:
+        return self._market("exchange", lambda: exchange.product(self.source, product))
+
+    def _on_coingecko_range(self, request: Request, coin: str) -> Response:
+        refusal = coingecko.refuse_key(request, COINGECKO_KEY)
+        return refusal or self._market("coingecko", lambda: coingecko.market_chart_range(self.source, coin, request))
+
+    def _on_coingecko_coin(self, request: Request, coin: str) -> Response:
+        refusal = coingecko.refuse_key(request, COINGECKO_KEY)
+        return refusal or self._market("coingecko", lambda: coingecko.coin(self.source, coin))
+
+    def _market(self, target: Any, answer: Any) -> Response:
+        """The stand-in's answer, or what a fault makes of it."""
+        fault = self.faults.draw(target)
+        if fault is not None and fault.status is not None:
+            if fault.status != 429:
+                return Response("upstream connect error\n", fault.status, content_type="text/plain")
+            return exchange.rate_limited() if target == "exchange" else coingecko.rate_limited(fault.retry_after)
+        if fault is not None and fault.stall is not None:
+            self._stopping.wait(fault.stall)
+        response: Response = answer()
+        response.headers.setdefault("X-Sandbox-Data", self.source.kind)
+        if fault is not None and fault.truncate:
+            whole = response.get_data()
+            response.set_data(whole[: len(whole) // 2])
+            response.headers["Content-Length"] = str(len(whole))
+            response.automatically_set_content_length = False
+        return response
+
+    def _on_telegram_send(self, request: Request, token: str) -> Response:
+        """As the Bot API: JSON or form, 401 for a wrong token, 400 for a message without text or chat."""
+        if token != TELEGRAM_TOKEN:
+            return _json({"ok": False, "error_code": 401, "description": "Unauthorized"}, 401)
+        body = request.get_json() if request.is_json else request.form.to_dict()
+        for name, what in (("chat_id", "chat not found"), ("text", "message text is empty")):
+            if not body.get(name):
+                return _json({"ok": False, "error_code": 400, "description": f"Bad Request: {what}"}, 400)
+        message = {
+            "message_id": len(self.telegram) + 1,
+            "date": int(datetime.now(UTC).timestamp()),
+            "chat": {"id": body["chat_id"]},
+            "text": body["text"],
+        }
+        self.telegram.append(message)
+        return _json({"ok": True, "result": message})
+
+    def _on_telegram_list(self, _request: Request) -> Response:
+        return _json(self.telegram)
+
+    def _on_about(self, _request: Request) -> Response:
+        return _json(self.about())
+
+    def _on_capacity(self, request: Request) -> Response:
+        """{"unavailable": [type…], "unavailable_spot": [type…]}: replaces what was said before."""
+        body = request.get_json()
+        unknown = sorted(set(body) - {"unavailable", "unavailable_spot"})
+        if unknown:
+            raise ValueError(f"capacity knows unavailable and unavailable_spot, not {', '.join(unknown)}")
+        self.aws.unavailable = set(body.get("unavailable", []))
+        self.aws.unavailable_spot = set(body.get("unavailable_spot", []))
+        return _json({"unavailable": sorted(self.aws.unavailable), "unavailable_spot": sorted(self.aws.unavailable_spot)})
+
+    def _on_faults(self, request: Request) -> Response:
+        """{"exchange": {fault} | null, "coingecko": {fault} | null}: what is not named stays as it is."""
+        if request.method == "POST":
+            body = request.get_json()
+            for target, fault in body.items():
+                if target not in ("exchange", "coingecko"):
+                    raise ValueError(f"faults can be injected at exchange and coingecko, not at {target}")
+                self.faults.set(target, None if fault is None else Fault.model_validate(fault))
+        return _json(self.faults.describe())
+
+    def _on_instances(self, _request: Request) -> Response:
+        return _json(self.instances())
+
+    def _on_console(self, _request: Request, instance: str) -> Response:
+        return Response(self._instance(instance).console, content_type="text/plain; charset=utf-8")
+
+    def _on_power(self, request: Request, instance: str) -> Response:
+        """What an instance's shutdown and poweroff say."""
+        found, body = self._instance(instance), request.get_json()
+        if body["action"] == "schedule":
+            return _json({"at": found.schedule_power_off(int(body["minutes"])).isoformat(timespec="seconds")})
+        if body["action"] == "cancel":
+            found.cancel_power_off()
+        elif body["action"] == "off":
+            found.power_off()
+        else:
+            raise ValueError(f"unknown power action {body['action']!r}")
+        return _json({})
+
+    def _on_logs(self, request: Request, instance: str) -> Response:
+        """What an instance's docker ships."""
+        self._instance(instance)
+        body = request.get_json()
+        self.aws.put_log_events(body["group"], body["stream"], body["events"])
+        return _json({})
+
+    def _instance(self, instance: str) -> Instance:
+        try:
+            return self.runner.get(instance)
+        except KeyError as error:
+            raise NotFound(str(error.args[0])) from None
+
+
+def _json(body: Any, status: int = 200) -> Response:
+    return Response(json.dumps(body), status, content_type="application/json; charset=utf-8")
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
+    return f"missing {error}" if isinstance(error, KeyError) else str(error)
