@@ -1,0 +1,143 @@
+"""The 19 features from candles of several widths: the last closed 5m, 15m and 1h candle and whether the widths agree."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from datetime import timedelta
+
+import polars as pl
+
+from crpbot_lib.config import TIMEFRAME_SECONDS, Timeframe
+from crpbot_lib.features.errors import FeatureError
+from crpbot_lib.features.feature import CLOSES_AFTER, Feature
+
+WIDTHS: tuple[Timeframe, ...] = ("5m", "15m", "1h")
+OHLCV = ("open", "high", "low", "close", "volume")
+BARS_BACK = 5
+MAX_DISAGREEING_SHARE, MAX_DISAGREEING_BARS = 0.05, 3
+"""More bars than both of these with another close than their own minutes: the frames are not of one market, or are shifted."""
+
+_SIGNS = tuple(pl.col(f"{width}_sign") for width in ("1m", *WIDTHS))
+
+
+def _votes(sign: int) -> pl.Expr:
+    """How many of the four widths moved this way; null where one is unknown (a horizontal sum would take it for 0)."""
+    return functools.reduce(operator.add, ((s == sign).cast(pl.Int8) for s in _SIGNS))
+
+
+UP, DOWN, FLAT = _votes(1), _votes(-1), _votes(0)
+SCORE = pl.max_horizontal(UP, DOWN, FLAT) / 4
+DIRECTION = pl.when((UP > DOWN) & (UP > FLAT)).then(1).when((DOWN > UP) & (DOWN > FLAT)).then(-1).when(UP.is_not_null()).then(0)
+
+FEATURES: tuple[Feature, ...] = (
+    *(
+        Feature(
+            f"{width}_{column}",
+            "multi_timeframe",
+            "volume" if column == "volume" else "price",
+            f"{column} of the last {width} candle closed by timestamp + 1 min",
+            # the bar before the one that the first minute of the series falls into is not known
+            2 * TIMEFRAME_SECONDS[width] // 60,
+            pl.col(f"{width}_{column}"),
+        )
+        for width in WIDTHS
+        for column in OHLCV
+    ),
+    Feature(
+        "tf_alignment_score",
+        "multi_timeframe",
+        "share",
+        f"of 1m, 5m, 15m, 1h: share whose {BARS_BACK}-bar change of close, on their own bars, has the majority sign",
+        (BARS_BACK + 2) * 60,
+        SCORE,
+    ),
+    Feature(
+        "tf_alignment_direction",
+        "multi_timeframe",
+        "sign",
+        "the majority sign: 1, -1, or 0 when most are unchanged or no sign has a majority",
+        (BARS_BACK + 2) * 60,
+        DIRECTION,
+        may_be_constant=True,
+    ),
+    Feature(
+        "tf_alignment_strength",
+        "multi_timeframe",
+        "0-1",
+        "2 * abs(tf_alignment_score - 0.5)",
+        (BARS_BACK + 2) * 60,
+        2 * (SCORE - 0.5).abs(),
+    ),
+    Feature(
+        "atr_percentile",
+        "multi_timeframe",
+        "0-1",
+        "share of the last 100 atr values that are at most the current one",
+        600,
+        pl.col("atr_percentile"),
+    ),
+)
+
+
+def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.LazyFrame:
+    """The candles of one width on their own full grid: ``known_at`` (their close), OHLCV and the sign of the 5-bar change.
+
+    ``minutes`` are the 1-minute candles as served. A bar that is not served and in which no minute traded is flat at the last
+    close, volume 0; one that is not served although minutes traded is unknown: null, and so is every value that needs it.
+    """
+    seconds = TIMEFRAME_SECONDS[width]
+    every = timedelta(seconds=seconds)
+    # the grid ends with the last bar closed by the last decision: a later one can never be used
+    decided = minutes["timestamp"][-1] + CLOSES_AFTER
+    last = decided - timedelta(seconds=decided.timestamp() % seconds) - every
+    grid = pl.datetime_range(served["timestamp"][0], last, every, time_unit="us", eager=True).alias("timestamp")
+    traded = minutes.lazy().select(pl.col("timestamp").dt.truncate(width), traded=pl.lit(True)).unique()
+    silent = pl.col("close").is_null() & pl.col("traded").is_null()
+    # NaN stands for a close that was not served: it must not be bridged by the close before it
+    unserved = pl.col("close").is_null() & pl.col("traded").is_not_null()
+    last_close = pl.when(unserved).then(float("nan")).otherwise(pl.col("close")).forward_fill().fill_nan(None)
+    previous = pl.when(silent).then(last_close)
+    return (
+        grid.to_frame()
+        .lazy()
+        .join(served.lazy(), on="timestamp", how="left", maintain_order="left")
+        .join(traded, on="timestamp", how="left", maintain_order="left")
+        .with_columns(
+            *(pl.coalesce(c, previous) for c in ("open", "high", "low", "close")),
+            volume=pl.when(silent & previous.is_not_null()).then(0.0).otherwise(pl.col("volume")),
+        )
+        .select(
+            (pl.col("timestamp") + every).alias("known_at"),
+            *(pl.col(column).alias(f"{width}_{column}") for column in OHLCV),
+            (pl.col("close") - pl.col("close").shift(BARS_BACK)).sign().alias(f"{width}_sign"),
+        )
+    )
+
+
+def compare_with_minutes(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> dict[str, int]:
+    """How many served bars were compared with the 1-minute candles inside them, and how many have another close.
+
+    Raises FeatureError when so many differ that the two series are not of one market, or one is shifted.
+    """
+    every = timedelta(seconds=TIMEFRAME_SECONDS[width])
+    own = minutes.lazy().group_by(pl.col("timestamp").dt.truncate(width)).agg(own=pl.col("close").last())
+    whole = (pl.col("timestamp") >= minutes["timestamp"][0]) & (
+        pl.col("timestamp") + every <= minutes["timestamp"][-1] + CLOSES_AFTER
+    )
+    differing = ((pl.col("close") - pl.col("own")).abs() > 1e-9 * pl.col("own")).cast(pl.Boolean)
+    found = (
+        served.lazy()
+        .filter(whole)
+        .join(own, on="timestamp")
+        .select(compared=pl.len(), differing=differing.sum(), first=pl.col("timestamp").filter(differing).min())
+        .collect()
+        .row(0, named=True)
+    )
+    compared, differs = int(found["compared"]), int(found["differing"])
+    if differs > max(MAX_DISAGREEING_SHARE * compared, MAX_DISAGREEING_BARS):
+        raise FeatureError(
+            f"{width} candles: the close of {differs} of {compared} bars is not that of the last 1m candle inside them, first at "
+            f"{found['first']:%Y-%m-%d %H:%M} UTC; fetch both from the same product again, and check that timestamps are open times"
+        )
+    return {"compared": compared, "differing": differs}

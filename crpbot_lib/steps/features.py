@@ -1,0 +1,404 @@
+"""Planning, building and gating one version of the features.
+
+A version is named by what it is made of: the catalog with its source, the interval, and the bytes of every input partition. So the
+same plan built twice, or in any order, gives the same files, and a changed input gives another version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from io import BytesIO
+from typing import Any
+
+import polars as pl
+
+from crpbot_lib.config import ALL_GROUPS, Settings, Symbol
+from crpbot_lib.features import catalog, multi_timeframe
+from crpbot_lib.features.engineer import Engineered, engineer
+from crpbot_lib.features.errors import FeatureError
+from crpbot_lib.lake import KeyMissingError, Lake, LakeError, keys
+
+log = logging.getLogger(__name__)
+Summary = dict[str, Any]
+DAY = timedelta(days=1)
+
+READERS = 8
+"""Partitions read at once; each waits for the network, not for the processor."""
+VARIES_AFTER = {"coingecko_daily": 3 * DAY}
+"""A column that does not change over rows spanning longer than this (2 days where not named) is a placeholder."""
+
+
+class MissingInputError(FeatureError):
+    """Input partitions are not in the lake; the message names them and the command that fetches them."""
+
+
+class GateError(FeatureError):
+    """A features file is not what the catalog says, or holds a column that cannot be real; the message is the difference."""
+
+
+@dataclass(frozen=True)
+class _Input:
+    """One partition that a symbol's features are computed from."""
+
+    key: str
+    series: str
+    """A candle width, ``hourly`` or ``daily``."""
+    day: date
+
+
+def plan_features(settings: Settings, lake: Lake, symbols: Sequence[str], start: date, end: date) -> Summary:
+    """What is to be built for the UTC days [start, end), and the version's name.
+
+    Returns ``version, start, end, symbols, inputs`` (how many partitions) and ``digests`` (of each symbol's inputs). Computed once
+    a run, before the symbols are built. FeatureError for an empty interval, MissingInputError when partitions are absent.
+    """
+    if not start < end:
+        raise FeatureError(f"the interval [{start}, {end}) is empty: end is the day after the last one")
+    if not symbols or len(set(symbols)) != len(symbols):
+        raise FeatureError(f"symbols {list(symbols)}: expected at least one, each once")
+    digests, count = {}, 0
+    for name in symbols:
+        inputs = _inputs(settings.symbol(name), start, end)
+        digests[name] = _digest(_read(lake, settings.symbol(name), inputs))
+        count += len(inputs)
+    entries = [settings.symbol(name) for name in sorted(symbols)]
+    identity = {
+        "start": start.isoformat(),
+        "end": end.isoformat(),
+        "symbols": {
+            s.name: {
+                "catalog": catalog.catalog_hash(s.feature_groups),
+                "inputs": digests[s.name],
+                "all_time_highs": [[price, at.isoformat()] for price, at in s.all_time_highs],
+            }
+            for s in entries
+        },
+    }
+    version = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    log.info("features %s: planned [%s, %s) for %s, %d input partitions", version, start, end, ", ".join(symbols), count)
+    return {
+        "version": version,
+        "start": start.isoformat(),
+        "end": end.isoformat(),
+        "symbols": list(symbols),
+        "inputs": count,
+        "digests": digests,
+    }
+
+
+def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -> Summary:
+    """Computes and writes one symbol's features file and its sidecar. Running it again writes the same bytes.
+
+    Returns ``symbol, key, rows, dropped, features, hash, sha256, filled, outages, seconds``. MissingInputError when a partition is
+    absent, FeatureError when the inputs are not those of the plan, cannot be used, or give no row.
+    """
+    began = time.monotonic()
+    if symbol not in plan["symbols"]:
+        raise FeatureError(f"{symbol} is not part of the plan {plan['version']}, which has {', '.join(plan['symbols'])}")
+    entry = settings.symbol(symbol)
+    start, end = date.fromisoformat(plan["start"]), date.fromisoformat(plan["end"])
+    inputs = _inputs(entry, start, end)
+    contents = _read(lake, entry, inputs)
+    if _digest(contents) != plan["digests"][symbol]:
+        raise FeatureError(f"{symbol}: the input partitions have changed since version {plan['version']} was planned; plan again")
+    built = _engineer(entry, inputs, contents, start)
+    if built.frame.is_empty():
+        raise FeatureError(
+            f"{symbol}: no row of [{start}, {end}) could be computed: of {built.minutes} minutes with a candle {built.cold} lie "
+            f"too soon after the beginning or an outage; minutes that lack a feature: {_worst(built.unknown)}"
+        )
+
+    key = keys.features(plan["version"], symbol)
+    buffer = BytesIO()
+    built.frame.write_parquet(buffer, compression="zstd", compression_level=1, statistics=True)
+    content = buffer.getvalue()
+    lake.write(key, content)
+    within = built.holes.filter(pl.col("start") >= _midnight(start))
+    filled, outages = within.filter(~pl.col("outage")), within.filter(pl.col("outage"))
+    hash_ = catalog.catalog_hash(entry.feature_groups)
+    rows = built.frame.height
+    lake.write_json(
+        keys.features_sidecar(plan["version"], symbol),
+        {
+            "version": plan["version"],
+            "symbol": symbol,
+            "start": plan["start"],
+            "end": plan["end"],
+            "rows": rows,
+            "minutes": built.minutes,
+            "dropped": {"cold": built.cold, "unknown": built.minutes - built.cold - rows, "unknown_by_feature": built.unknown},
+            "filled": _ranges(filled),
+            "outages": _ranges(outages),
+            "bars": built.bars,
+            "groups": list(entry.feature_groups),
+            "names": catalog.names(entry.feature_groups),
+            "hash": hash_,
+            "sha256": hashlib.sha256(content).hexdigest(),
+        },
+    )
+    summary: Summary = {
+        "symbol": symbol,
+        "key": key,
+        "rows": rows,
+        "dropped": built.minutes - rows,
+        "features": len(catalog.names(entry.feature_groups)),
+        "hash": hash_,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "filled": int(filled["minutes"].sum()),
+        "outages": outages.height,
+        "seconds": round(time.monotonic() - began, 2),
+    }
+    log.info(
+        "%s: %d rows x %d features, %d rows dropped, %d minutes filled, %d outages, %.1f s",
+        *(symbol, rows, summary["features"], summary["dropped"], summary["filled"], summary["outages"], summary["seconds"]),
+    )
+    return summary
+
+
+def gate_features(settings: Settings, lake: Lake, plan: Summary) -> Summary:
+    """Compares the built files with the catalog, then writes the version's manifest and the pointer to the latest version.
+
+    Returns the manifest. GateError lists every difference, of all symbols: counts, names, order, types, hash, nulls, rows outside
+    the interval, and columns that cannot be real (constant over days).
+    """
+    version, start, end = plan["version"], date.fromisoformat(plan["start"]), date.fromisoformat(plan["end"])
+    checked = [_check_file(settings, lake, version, symbol, start, end) for symbol in plan["symbols"]]
+    _raise_problems(version, [problem for problems, _ in checked for problem in problems])
+    manifest = {
+        "version": version,
+        "start": plan["start"],
+        "end": plan["end"],
+        "catalog": catalog.catalog_hash(ALL_GROUPS),
+        "symbols": {entry["symbol"]: entry for _, entry in checked},
+    }
+    lake.write_json(keys.features_manifest(version), manifest)
+    lake.write_json(keys.FEATURES_LATEST, {"version": version, "manifest": keys.features_manifest(version)})
+    counts = " / ".join(str(entry["features"]) for _, entry in checked)
+    log.info("features %s: gate passed for %s: %s features", version, ", ".join(plan["symbols"]), counts)
+    return manifest
+
+
+def verify_features(settings: Settings, lake: Lake, version: str | None = None) -> Summary:
+    """Checks a gated version (None: the latest) again, against the catalog and against its own manifest.
+
+    Returns the manifest; GateError lists every difference, MissingInputError when there is no such version.
+    """
+    try:
+        version = version or str(lake.read_json(keys.FEATURES_LATEST)["version"])
+        manifest: Summary = lake.read_json(keys.features_manifest(version))
+    except KeyMissingError as error:
+        raise MissingInputError(f"{error}: no such version has passed the gate; build it with `crpbot features build`") from None
+    start, end = date.fromisoformat(manifest["start"]), date.fromisoformat(manifest["end"])
+    problems = []
+    for symbol, stated in manifest["symbols"].items():
+        found, entry = _check_file(settings, lake, version, symbol, start, end)
+        problems += found
+        if not found and entry != stated:
+            fields = ", ".join(k for k in sorted({*entry, *stated}) if entry.get(k) != stated.get(k))
+            problems.append(f"{symbol}: the file is not the one of the manifest: {fields} differ")
+    _raise_problems(version, problems)
+    return manifest
+
+
+def _raise_problems(version: str, problems: Sequence[str]) -> None:
+    if problems:
+        raise GateError(f"features {version} do not agree with the catalog:\n  " + "\n  ".join(problems))
+
+
+def _check_file(settings: Settings, lake: Lake, version: str, symbol: str, start: date, end: date) -> tuple[list[str], Summary]:
+    """The problems of one file, readable, and its entry of the manifest."""
+    groups = settings.symbol(symbol).feature_groups
+    key = keys.features(version, symbol)
+    try:
+        content = lake.read(key)
+        sidecar: Summary = lake.read_json(keys.features_sidecar(version, symbol))
+        frame = pl.read_parquet(BytesIO(content))
+    except KeyMissingError as error:
+        return [f"{symbol}: {error}; run the build of this symbol again"], {"symbol": symbol}
+    except pl.exceptions.PolarsError as error:
+        return [f"{symbol}: {lake.url(key)} is not a readable parquet file ({error}); run its build again"], {"symbol": symbol}
+
+    hash_, sha256 = catalog.catalog_hash(groups), hashlib.sha256(content).hexdigest()
+    problems = _schema_problems(frame, catalog.schema(groups))
+    if not problems:
+        problems = _value_problems(frame, groups, start, end)
+    if sidecar["hash"] != hash_:
+        problems.append(f"built under catalog {sidecar['hash']}, today's is {hash_}; plan and build again")
+    if sidecar["sha256"] != sha256:
+        problems.append(f"sha256 of the file is {sha256[:16]}…, its sidecar says {sidecar['sha256'][:16]}…; run its build again")
+    entry = {
+        "symbol": symbol,
+        "rows": frame.height,
+        "features": len([c for c in frame.columns if c not in catalog.EXCLUDED]),
+        "names": [c for c in frame.columns if c not in catalog.EXCLUDED],
+        "hash": hash_,
+        "sha256": sha256,
+        "key": key,
+        "filled": sum(n for _, n in sidecar["filled"]),
+        "outages": len(sidecar["outages"]),
+        "dropped": sidecar["minutes"] - sidecar["rows"],
+    }
+    return [f"{symbol}: {problem}" for problem in problems], entry
+
+
+def _schema_problems(frame: pl.DataFrame, expected: dict[str, pl.DataType]) -> list[str]:
+    found, wanted = frame.columns, list(expected)
+    problems = []
+    if found != wanted:
+        count, due = (len([c for c in columns if c not in catalog.EXCLUDED]) for columns in (found, wanted))
+        if count != due:
+            problems.append(f"{count} numeric features, the catalog has {due} (feature mismatch)")
+        missing, extra = [c for c in wanted if c not in found], [c for c in found if c not in wanted]
+        lost = [c for c in missing if c in catalog.names(["multi_timeframe"])]
+        if lost:
+            problems.append(f"multi-TF features missing: {', '.join(lost)}; were the 5m, 15m and 1h candles fetched?")
+        if others := [c for c in missing if c not in lost]:
+            problems.append(f"missing: {', '.join(others)}")
+        if extra:
+            problems.append(f"not in the catalog: {', '.join(extra)}")
+        if not missing and not extra:
+            place = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
+            problems.append(f"the order differs from column {place} on: {found[place]}, the catalog has {wanted[place]}")
+    types = [f"{c} is {frame.schema[c]}, expected {t}" for c, t in expected.items() if c in found and frame.schema[c] != t]
+    return problems + types
+
+
+def _value_problems(frame: pl.DataFrame, groups: Sequence[str], start: date, end: date) -> list[str]:
+    if frame.is_empty():
+        return ["no rows"]
+    nulls = {c: n for c, n in frame.null_count().row(0, named=True).items() if n}
+    times = frame["timestamp"]
+    first, last = times[0], times[-1]
+    problems = [f"nulls: {', '.join(f'{c} {n}' for c, n in nulls.items())}"] if nulls else []
+    if not (times.diff().drop_nulls() > timedelta(0)).all():
+        problems.append("timestamps are not ascending and unique")
+    elif first < _midnight(start) or last >= _midnight(end):
+        problems.append(f"rows from {first} to {last} are not within [{start}, {end})")
+    features = [f for f in catalog.FEATURES if f.group in groups]
+    not_finite = [f.name for f in features if not frame[f.name].is_finite().all()]
+    if not_finite:
+        problems.append(f"not finite: {', '.join(not_finite)}")
+    extremes = frame.select(pl.col(f.name).max() - pl.col(f.name).min() for f in features).row(0, named=True)
+    constant = [
+        f for f in features if not f.may_be_constant and last - first > VARIES_AFTER.get(f.group, 2 * DAY) and extremes[f.name] == 0
+    ]
+    zero = [f.name for f in constant if frame[f.name][0] == 0 and f.group.startswith("coingecko")]
+    if zero:
+        problems.append(f"CoinGecko features all zero: {', '.join(zero)}; is the API key missing, or on the wrong plan?")
+    if placeholders := [f"{f.name} = {frame[f.name][0]:g}" for f in constant if f.name not in zero]:
+        problems.append(f"constant from {first} to {last}, as only a placeholder is: {', '.join(placeholders)}")
+    return problems
+
+
+def _inputs(symbol: Symbol, start: date, end: date) -> list[_Input]:
+    """The partitions that the features of [start, end) need, warm-up included."""
+    groups = symbol.feature_groups
+    widths = ("1m", *(multi_timeframe.WIDTHS if "multi_timeframe" in groups else ()))
+    candle_days = _days(start - catalog.CANDLE_LEAD_DAYS * DAY, end)
+    found = [_Input(keys.candles(w, symbol.name, day), w, day) for w in widths for day in candle_days]
+    if "coingecko_hourly" in groups:
+        hourly_days = _days(start - catalog.HOURLY_LEAD_DAYS * DAY, end)
+        found += [_Input(keys.coingecko("hourly", symbol.coin, day), "hourly", day) for day in hourly_days]
+    if "coingecko_daily" in groups:
+        # one partition holds the history from the listing to its day
+        found.append(_Input(keys.coingecko("daily", symbol.coin, end - DAY), "daily", end - DAY))
+    return found
+
+
+def _read(lake: Lake, symbol: Symbol, inputs: Sequence[_Input]) -> list[bytes]:
+    """The bytes of ``inputs``, in their order; MissingInputError names all that are absent."""
+
+    def read(one: _Input) -> bytes | None:
+        try:
+            return lake.read(one.key)
+        except KeyMissingError:
+            return None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        contents = list(pool.map(read, inputs))
+    absent = [one for one, content in zip(inputs, contents, strict=True) if content is None]
+    if absent:
+        commands = "\n  ".join(_fetch_commands(symbol, absent))
+        raise MissingInputError(
+            f"{symbol.name}: {len(absent)} of {len(inputs)} input partitions are not in the lake, first {lake.url(absent[0].key)}; "
+            f"fetch them with\n  {commands}"
+        )
+    return [content for content in contents if content is not None]
+
+
+def _fetch_commands(symbol: Symbol, absent: Sequence[_Input]) -> list[str]:
+    """One command for each series, over the days from its first to its last missing partition."""
+    commands = []
+    for series in dict.fromkeys("coingecko" if i.series in ("hourly", "daily") else i.series for i in absent):
+        days = [i.day for i in absent if i.series == series or (series == "coingecko" and i.series in ("hourly", "daily"))]
+        interval = f"--start {min(days)} --end {max(days) + DAY}"
+        if series == "coingecko":
+            commands.append(f"crpbot fetch coingecko --coin {symbol.coin} {interval}")
+        else:
+            commands.append(f"crpbot fetch candles --symbol {symbol.name} --timeframe {series} {interval}")
+    return commands
+
+
+def _digest(contents: Iterable[bytes]) -> str:
+    """One hash of all the inputs, whatever their order."""
+    each = sorted(hashlib.sha256(content).hexdigest() for content in contents)
+    return hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def _engineer(symbol: Symbol, inputs: Sequence[_Input], contents: Sequence[bytes], start: date) -> Engineered:
+    frames: dict[str, list[pl.DataFrame]] = {}
+    for one, content in zip(inputs, contents, strict=True):
+        try:
+            frames.setdefault(one.series, []).append(pl.read_parquet(BytesIO(content)))
+        except pl.exceptions.PolarsError as error:
+            raise LakeError(f"{one.key} is not a readable parquet file ({error}); delete it and fetch it again") from error
+    series = {name: pl.concat(parts) for name, parts in frames.items()}
+    if "daily" in series:
+        _check_history(symbol, series["daily"], start)
+    points: dict[str, Any] = {name: series.pop(name) for name in ("hourly", "daily") if name in series}
+    points["all_time_high"] = list(symbol.all_time_highs)
+    return engineer(
+        symbol.name,
+        symbol.feature_groups,
+        series,
+        points,
+        start=_midnight(start),
+    )
+
+
+def _check_history(symbol: Symbol, daily: pl.DataFrame, start: date) -> None:
+    """Refuses a daily history that begins after the coin's listing, unless a dated record says what the high was before it."""
+    first = daily["timestamp"].min() if daily.height else None
+    if not isinstance(first, datetime):
+        raise FeatureError(f"{symbol.name}: the daily history of {symbol.coin} is empty; fetch it with `crpbot fetch coingecko`")
+    late = first.date() > symbol.coin_listed + DAY
+    if late and not any(at < _midnight(start) for _, at in symbol.all_time_highs):
+        raise FeatureError(
+            f"{symbol.name}: the daily history of {symbol.coin} begins on {first.date()}, the coin was listed on "
+            f"{symbol.coin_listed}, so its all-time high before is not known; fetch the history from the listing on, or, where the "
+            "plan does not reach that far, set dated records in the symbol's `all_time_highs`"
+        )
+
+
+def _ranges(holes: pl.DataFrame) -> list[list[Any]]:
+    return [[start.strftime("%Y-%m-%dT%H:%MZ"), minutes] for start, minutes, _ in holes.iter_rows()]
+
+
+def _worst(unknown: dict[str, int]) -> str:
+    worst = sorted(unknown.items(), key=lambda item: -item[1])[:5]
+    return ", ".join(f"{name} {count}" for name, count in worst) or "none"
+
+
+def _days(start: date, end: date) -> list[date]:
+    return [start + i * DAY for i in range((end - start).days)]
+
+
+def _midnight(day: date) -> datetime:
+    return datetime(day.year, day.month, day.day, tzinfo=UTC)

@@ -1,0 +1,142 @@
+"""A value on a row depends neither on what came later nor on where the computation began."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from crpbot_lib.config import ALL_GROUPS
+from crpbot_lib.features import catalog, engineer, engineer_runtime_features
+
+MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
+CUTS = 15
+
+
+@pytest.mark.parametrize("name", ["outage_market", "thin_market"])
+def test_what_comes_later_changes_no_row(name: str, request: pytest.FixtureRequest) -> None:
+    market = request.getfixturevalue(name)
+    whole = market.frame()
+    draw = random.Random(7)
+    cuts = [t + MINUTE for t in draw.sample(whole["timestamp"].to_list(), CUTS)]
+    if name == "outage_market":
+        cuts += [datetime(2023, 3, 24, h, m, tzinfo=UTC) for h, m in ((12, 5), (12, 40), (13, 59), (14, 1))]
+    for cut in cuts:
+        known = market.known_at(cut)
+        then = known.frame()
+        # the minutes since the last candle are no rows yet: whether nobody traded or the exchange is down, the next one tells
+        later = whole.filter(pl.col("timestamp") <= known.minutes["timestamp"][-1])
+        assert_frame_equal(then, later, check_exact=True)
+
+
+def test_a_minute_without_a_trade_follows_from_the_past_alone(thin_market: Any) -> None:
+    """Rows that stand for minutes without a trade exist in the truncation as soon as the next candle has arrived."""
+    whole = thin_market.frame()
+    filled = whole.filter(~pl.col("timestamp").is_in(thin_market.minutes["timestamp"].implode()))
+    assert filled.height > 500
+    last = filled["timestamp"][-1]
+    following = thin_market.minutes.filter(pl.col("timestamp") > last)["timestamp"][0]
+    assert last in thin_market.known_at(following + MINUTE).frame()["timestamp"]
+
+
+def _differences(left: pl.DataFrame, right: pl.DataFrame) -> dict[str, float]:
+    """Per feature the largest difference, in standard deviations of its column."""
+    return {
+        name: float((left[name] - right[name]).abs().max() or 0) / (float(left[name].std() or 0) or 1.0)
+        for name in left.columns
+        if name not in catalog.EXCLUDED
+    }
+
+
+@pytest.mark.parametrize("name", ["outage_market", "thin_market"])
+def test_where_the_computation_begins_changes_no_row(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engineer, "VALUE", pl.Float64())
+    market = request.getfixturevalue(name)
+    whole = market.frame()
+    first = market.minutes["timestamp"][0]
+    for begin in (first + 333 * MINUTE, first + 797 * MINUTE, first + DAY + 61 * MINUTE):
+        later = market.since(begin, market.hourly["timestamp"][0] + 97 * HOUR).frame()
+        same = whole.filter(pl.col("timestamp") >= later["timestamp"][0])
+        assert same["timestamp"].equals(later["timestamp"])
+        worst = {n: d for n, d in _differences(same, later).items() if d > 1e-9}
+        assert worst == {}
+
+
+class Feed:
+    """A data fetcher over a generated market that refuses to serve what is not closed or not available yet."""
+
+    def __init__(self, market: Any) -> None:
+        self.market = market
+
+    def candles(self, symbol: str, timeframe: str, start: datetime, end: datetime) -> pl.DataFrame:
+        assert symbol == "BTC-USD"
+        known = self.market.known_at(end).candles[timeframe]
+        return known.filter(pl.col("timestamp") >= start, pl.col("timestamp") < end)
+
+    def hourly(self, coin: str, start: datetime, end: datetime) -> pl.DataFrame:
+        assert coin == "bitcoin"
+        return self.market.known_at(end).hourly.filter(pl.col("timestamp") >= start)
+
+    def daily(self, coin: str, start: datetime, end: datetime) -> pl.DataFrame:
+        assert coin == "bitcoin"
+        return self.market.known_at(end).daily.filter(pl.col("timestamp") >= start)
+
+
+def test_a_day_alone_is_the_same_day_of_the_full_run_and_of_the_live_window(
+    small_market: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engineer, "VALUE", pl.Float64())
+    day = small_market.minutes["timestamp"][0] + 2 * DAY
+    whole = small_market.frame().filter(pl.col("timestamp") >= day)
+    alone = small_market.since(day - catalog.CANDLE_LEAD_DAYS * DAY, day - catalog.HOURLY_LEAD_DAYS * DAY).features(day).frame
+    assert alone["timestamp"].equals(whole["timestamp"])
+    assert max(_differences(whole, alone).values()) < 1e-9
+
+    now = day + 700 * MINUTE
+    window = small_market.minutes.filter(pl.col("timestamp").is_between(now - 1500 * MINUTE, now, closed="left"))
+    live = engineer_runtime_features(window.to_pandas(), "BTC-USD", Feed(small_market), True, True)
+    assert list(live.columns) == whole.columns
+    newest = pl.from_pandas(live).cast(dict(whole.schema)).tail(60)
+    trained = whole.filter(pl.col("timestamp").is_between(now - 60 * MINUTE, now, closed="left"))
+    assert newest["timestamp"].equals(trained["timestamp"])
+    assert max(_differences(trained, newest).values()) < 1e-9
+
+
+def test_live_and_training_values_are_equal_as_stored(small_market: Any) -> None:
+    now = small_market.minutes["timestamp"][0] + 2 * DAY + 700 * MINUTE
+    window = small_market.minutes.filter(pl.col("timestamp").is_between(now - 1500 * MINUTE, now, closed="left"))
+    live = engineer_runtime_features(window.to_pandas().set_index("timestamp"), "BTC-USD", Feed(small_market), True, True)
+    trained = small_market.frame().filter(pl.col("timestamp").is_between(now - 60 * MINUTE, now, closed="left"))
+    names = catalog.names(ALL_GROUPS)
+    assert {str(t) for t in live[names].dtypes} == {"float32"}
+    assert_frame_equal(pl.from_pandas(live.tail(60)).select(names), trained.select(names), rel_tol=1e-6, abs_tol=0)
+
+
+@pytest.mark.parametrize(
+    ("symbol", "multi", "coingecko", "message"),
+    [
+        ("BTC-USD", False, True, "include_multi_tf=False contradicts the catalog of BTC-USD: its model has 73 features"),
+        ("ETH-USD", True, True, "include_multi_tf=True contradicts the catalog of ETH-USD: its model has 54 features"),
+        ("BTC-USD", True, False, "include_coingecko=False contradicts"),
+    ],
+)
+def test_flags_that_contradict_the_catalog_are_refused(
+    small_market: Any, symbol: str, multi: bool, coingecko: bool, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        engineer_runtime_features(small_market.minutes.to_pandas(), symbol, Feed(small_market), multi, coingecko)
+
+
+def test_the_outage_market_can_be_told_apart(outage_market: Any) -> None:
+    """Guards the tests above: they would be empty without rows on both sides of the outage."""
+    times = outage_market.frame()["timestamp"]
+    assert (times < datetime(2023, 3, 24, 12, 40, tzinfo=UTC)).sum() > 1000
+    assert (times > datetime(2023, 3, 24, 14, 0, tzinfo=UTC)).sum() > 1000
+    assert replace(outage_market, groups=("base",)).frame().height > 2000
