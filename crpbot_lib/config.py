@@ -97,6 +97,8 @@ class RuntimeSettings(_Model):
     as_of: datetime | None = None
     """Decide as if it were this time (UTC) instead of the clock's; for replays and demonstrations. Refused by live mode."""
     window_minutes: int = Field(default=1500, ge=1)
+    settle_seconds: float = Field(default=5, ge=0)
+    """How long after a minute's close the exchange is given to serve its candle."""
 
     @field_validator("as_of")
     @classmethod
@@ -120,8 +122,10 @@ DEFAULT_SYMBOLS: tuple[Symbol, ...] = (
 
 
 class OrchestrationSettings(_Model):
-    """How the DAGs behave when a task fails for a reason that may pass."""
+    """When the DAGs run, and what they do when a task fails for a reason that may pass."""
 
+    schedules: bool = True
+    """False: data and training DAGs run by hand or by event only. The reaper keeps its schedule always."""
     retries: int = Field(default=2, ge=0)
     retry_delay_seconds: float = Field(default=60, ge=0)
 

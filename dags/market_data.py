@@ -17,16 +17,19 @@ from __future__ import annotations
 from datetime import UTC, date, datetime
 from typing import Any
 
-from airflow.sdk import CronPartitionTimetable, dag, task
+from airflow.sdk import CronPartitionTimetable, PartitionedAtRuntime, dag, task
 
-from crpbot_airflow.defaults import Tag, default_args, run_step
+from crpbot_airflow.defaults import Tag, default_args, run_step, scheduled
 from crpbot_lib.config import settings
 
 SYMBOLS = [symbol.name for symbol in settings().symbols]
+DAY = "{{ partition_key }}"
 
 
 @dag(
-    schedule=CronPartitionTimetable("0 0 * * *", timezone="UTC", run_offset=-1, key_format="%Y-%m-%d"),
+    schedule=scheduled(
+        CronPartitionTimetable("0 0 * * *", timezone="UTC", run_offset=-1, key_format="%Y-%m-%d"), by_hand=PartitionedAtRuntime()
+    ),
     start_date=datetime(2023, 11, 10, tzinfo=UTC),
     catchup=False,
     max_active_runs=3,
@@ -36,33 +39,31 @@ SYMBOLS = [symbol.name for symbol in settings().symbols]
 )
 def market_data() -> None:
     @task
-    def fetch_1m(symbol: str, partition_key: str) -> dict[str, Any]:
+    def fetch_1m(symbol: str, day: str) -> dict[str, Any]:
         from crpbot_lib.steps import ingest
 
-        return run_step(ingest.fetch_candles, symbol, "1m", date.fromisoformat(partition_key))
+        return run_step(ingest.fetch_candles, symbol, "1m", date.fromisoformat(day))
 
     @task
-    def fetch_timeframes(symbol: str, partition_key: str) -> list[dict[str, Any]]:
+    def fetch_timeframes(symbol: str, day: str) -> list[dict[str, Any]]:
         from crpbot_lib.steps import ingest
 
-        day = date.fromisoformat(partition_key)
-        return [run_step(ingest.fetch_candles, symbol, timeframe, day) for timeframe in ("5m", "15m", "1h")]
+        return [run_step(ingest.fetch_candles, symbol, timeframe, date.fromisoformat(day)) for timeframe in ("5m", "15m", "1h")]
 
     @task
-    def fetch_coingecko(symbol: str, partition_key: str) -> dict[str, Any]:
+    def fetch_coingecko(symbol: str, day: str) -> dict[str, Any]:
         from crpbot_lib.steps import ingest
 
-        return run_step(ingest.fetch_coingecko, symbol, date.fromisoformat(partition_key))
+        return run_step(ingest.fetch_coingecko, symbol, date.fromisoformat(day))
 
     @task
-    def check_quality(partition_key: str) -> dict[str, Any]:
+    def check_quality(day: str) -> dict[str, Any]:
         from crpbot_lib.steps import ingest
 
-        return run_step(ingest.check_quality, SYMBOLS, date.fromisoformat(partition_key))
+        return run_step(ingest.check_quality, SYMBOLS, date.fromisoformat(day))
 
-    day = "{{ partition_key }}"
-    fetched = [step.partial(partition_key=day).expand(symbol=SYMBOLS) for step in (fetch_1m, fetch_timeframes, fetch_coingecko)]
-    fetched >> check_quality(day)
+    fetched = [step.partial(day=DAY).expand(symbol=SYMBOLS) for step in (fetch_1m, fetch_timeframes, fetch_coingecko)]
+    fetched >> check_quality(DAY)
 
 
 market_data()

@@ -13,6 +13,7 @@ brings the former champion back.
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,6 +22,8 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from crpbot_airflow.defaults import MODELS_ASSET, Tag, default_args, run_step
 from crpbot_lib.config import settings
+
+log = logging.getLogger(__name__)
 
 
 @dag(
@@ -63,9 +66,18 @@ def promote() -> None:
 
     @task
     def notify(promoted: dict[str, Any]) -> bool:
+        """Tells the Telegram chat, where one is configured; the promotion stands either way."""
         from crpbot_lib.runtime import telegram
 
-        return run_step(lambda current, _: telegram.notify(current, promoted["message"]))
+        smoke = "SMOKE " if promoted["smoke"] else ""
+        text = f"{smoke}models promoted: " + ", ".join(f"{symbol} {version}" for symbol, version in promoted["symbols"].items())
+        chat = settings().telegram
+        if not telegram.enabled(chat):
+            log.info("no Telegram chat is configured, so nobody is told: %s", text)
+            return False
+        telegram.send(chat, text)
+        log.info("told Telegram: %s", text)
+        return True
 
     version = choose_version()
     verified = download_and_verify(version)

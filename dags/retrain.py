@@ -29,7 +29,7 @@ from typing import Any
 from airflow.sdk import CronTriggerTimetable, Param, dag, task
 from airflow.sdk.exceptions import AirflowFailException
 
-from crpbot_airflow.defaults import MODELS_ASSET, Tag, default_args, run_step
+from crpbot_airflow.defaults import MODELS_ASSET, Tag, default_args, run_step, scheduled
 from crpbot_airflow.operators import LaunchTrainingInstance, TerminateRunInstances, TrainOnInstance
 from crpbot_lib.config import settings
 
@@ -37,7 +37,7 @@ SYMBOLS = [symbol.name for symbol in settings().symbols]
 
 
 @dag(
-    schedule=CronTriggerTimetable("0 2 * * 1", timezone="UTC"),
+    schedule=scheduled(CronTriggerTimetable("0 2 * * 1", timezone="UTC")),
     start_date=datetime(2023, 11, 10, tzinfo=UTC),
     catchup=False,
     max_active_runs=1,

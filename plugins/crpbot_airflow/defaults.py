@@ -29,6 +29,11 @@ MODELS_ASSET = Asset("crpbot_models")
 """Published model versions. An event's extra carries ``version``."""
 
 
+def scheduled(timetable: Any, by_hand: Any = None) -> Any:
+    """``timetable``, or ``by_hand`` where the setting ``orchestration.schedules`` is off."""
+    return timetable if settings().orchestration.schedules else by_hand
+
+
 def default_args() -> dict[str, Any]:
     """The default arguments of every DAG: retries with growing delays, and a time limit on every task."""
     orchestration = settings().orchestration
@@ -45,24 +50,27 @@ def default_args() -> dict[str, Any]:
 def run_step(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Runs ``step(settings, lake, *args, **kwargs)`` of crpbot_lib inside a task.
 
-    An error that would repeat (see ``permanent_errors``) fails the task without a retry.
+    An error that would repeat (see ``is_permanent``) fails the task without a retry.
     """
     from crpbot_lib.lake import Lake
 
     current: Settings = settings()
     try:
         return step(current, Lake(current.lake), *args, **kwargs)
-    except permanent_errors() as error:
-        raise AirflowFailException(f"{type(error).__name__}: {error}") from error
+    except Exception as error:
+        if is_permanent(error):
+            raise AirflowFailException(f"{type(error).__name__}: {error}") from error
+        raise
 
 
-def permanent_errors() -> tuple[type[Exception], ...]:
-    """Errors of crpbot_lib that another try would only repeat: wrong parameters, misaligned features, a refused launch."""
-    from pydantic import ValidationError
+def is_permanent(error: Exception) -> bool:
+    """Whether another try would only repeat ``error``: wrong parameters, misaligned features, a refused launch or promotion.
 
-    from crpbot_lib.features.errors import FeatureError
+    ValueError is among them: the steps raise it (pydantic's and the features' errors are ones) for a value that is wrong.
+    """
     from crpbot_lib.gpu.launch import LaunchRefusedError
     from crpbot_lib.registry import AlignmentError, PromotionRefusedError
-    from crpbot_lib.training import TrainingError
+    from crpbot_lib.runtime import RuntimeRefusedError
 
-    return (ValidationError, ValueError, FeatureError, LaunchRefusedError, AlignmentError, PromotionRefusedError, TrainingError)
+    kinds = (ValueError, LaunchRefusedError, AlignmentError, PromotionRefusedError, RuntimeRefusedError)
+    return bool(getattr(error, "permanent", False)) or isinstance(error, kinds)

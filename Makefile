@@ -1,0 +1,52 @@
+# One environment, .venv, for Airflow, the library and the tests; every target makes it first if it is not there.
+PYTHON ?= python3.11
+UV_VERSION := 0.13.9
+TORCH_VERSION := 2.13.0
+# A machine that has no CPU wheel of torch at hand takes it from here: make setup TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+TORCH_INDEX_URL ?=
+SOURCE ?= auto
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export AWS_EC2_METADATA_DISABLED := true
+
+.PHONY: setup demo up test lint format lock clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements/environment.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/environment.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch==$(TORCH_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/crpbot demo --source $(SOURCE)
+
+up: setup
+	$(BIN)/crpbot demo --source $(SOURCE) --keep --port 8080
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Versions move only here. --universal: one lock for every platform; torch stays out of it (see pyproject.toml).
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" pyproject.toml
+lock: setup
+	$(COMPILE) --all-extras -o requirements/environment.lock
+	$(COMPILE) --extra torch -c requirements/environment.lock -o requirements/training.lock
+	$(COMPILE) --extra torch --extra cli --extra airflow --extra sandbox -c requirements/environment.lock -o requirements/airflow.lock
+
+clean:
+	rm -rf $(VENV) .crpbot build *.egg-info

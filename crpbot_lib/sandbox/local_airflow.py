@@ -1,0 +1,290 @@
+"""A whole Airflow on this machine: database, scheduler, dag-processor, triggerer and API server as real processes.
+
+For the demo and the tests. Each component is a process in a session of its own that dies with this one; what they started in turn
+is found again by a marker in its environment and ended by pid. Talks to Airflow only through its REST API (v2).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import requests
+
+from crpbot_lib.sandbox import processes
+
+log = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMPONENTS = ("scheduler", "dag-processor", "triggerer", "api-server")
+USER = "admin"
+ENDED = ("success", "failed")
+
+
+class AirflowError(Exception):
+    """Airflow did not start, or answered with an error; the message says where its logs are."""
+
+
+class LocalAirflow:
+    """One Airflow home under ``home``. ``env`` is what its tasks see besides (the local cloud's endpoints, settings); ``marker``
+    names everything that it starts.
+
+    Use as a context manager; ``stop`` ends every process that it or its components started.
+    """
+
+    def __init__(self, home: Path, env: dict[str, str], port: int = 0, marker: str = "") -> None:
+        self.home = home.resolve()
+        self.port = port or _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.password = secrets.token_urlsafe(12)
+        self.marker = marker or f"airflow-{uuid.uuid4().hex}"
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._http = requests.Session()
+        self.env = self._environment(env)
+
+    def _environment(self, extra: dict[str, str]) -> dict[str, str]:
+        # nothing of the caller's own Airflow or AWS configuration may leak in
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW", "AWS_", "CRPBOT_"))}
+        return {
+            **inherited,
+            "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(self.home / "logs"),
+            "AIRFLOW_HOME": str(self.home),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(REPOSITORY / "dags"),
+            "AIRFLOW__CORE__PLUGINS_FOLDER": str(REPOSITORY / "plugins"),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
+            "AIRFLOW__CORE__PARALLELISM": "4",
+            "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(self.home / "passwords.json"),
+            "AIRFLOW__API__HOST": "127.0.0.1",
+            "AIRFLOW__API__PORT": str(self.port),
+            "AIRFLOW__API__BASE_URL": self.url,
+            "AIRFLOW__API__WORKERS": "1",
+            "AIRFLOW__API__SECRET_KEY": secrets.token_hex(16),
+            "AIRFLOW__API_AUTH__JWT_SECRET": secrets.token_hex(32),
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home / 'airflow.db'}",
+            "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "30",
+            "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "2",
+            "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.5",
+            "AIRFLOW__SCHEDULER__ENABLE_TRACEMALLOC": "False",
+            "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "SCARF_ANALYTICS": "false",
+            "PYTHONUNBUFFERED": "1",
+            # Airflow renames its processes, and by default that overwrites the environment by which ours are found again
+            "SPT_NOENV": "1",
+            **extra,
+        }
+
+    def start(self, timeout: float = 120) -> None:
+        """Migrates the database, starts the components and waits until all are healthy; AirflowError after ``timeout`` s."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        passwords = self.home / "passwords.json"
+        passwords.touch(mode=0o600)
+        passwords.write_text(json.dumps({USER: self.password}))
+        try:
+            self._run("db", "migrate")
+            for name in COMPONENTS:
+                self.start_component(name)
+            self._wait_healthy(timeout)
+        except BaseException:
+            self.stop()
+            raise
+
+    def start_component(self, name: str) -> None:
+        """Starts one component; its output goes to ``<home>/<name>.log``."""
+        with (self.home / f"{name}.log").open("ab") as out:
+            self._children[name] = processes.spawn(
+                [_airflow(), name], env=self.env, stdout=out, stderr=out, cwd=self.home, marker=self.marker
+            )
+
+    def stop(self) -> None:
+        """Ends every component and whatever they started; idempotent."""
+        for child in self._children.values():
+            processes.end_group(child.pid, grace=1)
+            child.wait(timeout=30)
+        self._children.clear()
+        # task processes are in sessions of their own; the scheduler is gone, so nothing starts anew while they are ended
+        end_marked(self.marker)
+
+    def __enter__(self) -> LocalAirflow:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    # what a user does in the UI
+
+    def import_errors(self) -> list[dict[str, Any]]:
+        return list(self._get("importErrors")["import_errors"])
+
+    def unpause(self, dag: str) -> None:
+        self._request("PATCH", f"dags/{dag}", {"is_paused": False})
+
+    def trigger(self, dag: str, *, conf: dict[str, Any] | None = None, partition_key: str | None = None) -> str:
+        """Starts a run and returns its id."""
+        body: dict[str, Any] = {"logical_date": None, "conf": conf or {}}
+        if partition_key is not None:
+            body["partition_key"] = partition_key
+        return str(self._request("POST", f"dags/{dag}/dagRuns", body)["dag_run_id"])
+
+    def runs(self, dag: str) -> list[dict[str, Any]]:
+        """The runs of a DAG, newest first."""
+        return list(self._get(f"dags/{dag}/dagRuns", order_by="-run_after", limit=50)["dag_runs"])
+
+    def run_state(self, dag: str, run: str) -> str:
+        return str(self._get(f"dags/{dag}/dagRuns/{run}")["state"])
+
+    def tasks(self, dag: str, run: str) -> list[dict[str, Any]]:
+        """The task instances of a run, one for each map index."""
+        return list(self._get(f"dags/{dag}/dagRuns/{run}/taskInstances", limit=500)["task_instances"])
+
+    def xcom(self, dag: str, run: str, task: str, map_index: int = -1) -> Any:
+        """The return value of a task."""
+        path = f"dags/{dag}/dagRuns/{run}/taskInstances/{task}/xcomEntries/return_value"
+        return self._get(path, map_index=map_index, deserialize=True)["value"]
+
+    def task_log(self, dag: str, run: str, task: str, attempt: int = 1, map_index: int = -1) -> str:
+        """One try's log, as the UI shows it, a line an event."""
+        path = f"dags/{dag}/dagRuns/{run}/taskInstances/{task}/logs/{attempt}"
+        content = self._get(path, map_index=map_index, full_content=True)["content"]
+        return "\n".join(_line(item) for item in content)
+
+    def set_task_state(self, dag: str, run: str, task: str, state: str) -> None:
+        """Marks a task, as the UI's "Mark state as …" does."""
+        self._request("PATCH", f"dags/{dag}/dagRuns/{run}/taskInstances/{task}", {"new_state": state})
+
+    def wait(self, dag: str, run: str, timeout: float, progress: Callable[[list[dict[str, Any]]], None] | None = None) -> str:
+        """Waits for the end of a run and returns its state; ``progress`` gets the task instances every second."""
+        until = time.monotonic() + timeout
+        while True:
+            state = self.run_state(dag, run)
+            if progress:
+                progress(self.tasks(dag, run))
+            if state in ENDED:
+                return state
+            if time.monotonic() > until:
+                raise AirflowError(f"{dag} {run} is still {state} after {timeout:.0f} s; logs in {self.home / 'logs'}")
+            self.check_components()
+            time.sleep(1)
+
+    def check_components(self) -> None:
+        """AirflowError when a component has died."""
+        for name, child in self._children.items():
+            if child.poll() is not None:
+                raise AirflowError(f"airflow {name} ended with {child.returncode}: {_tail(self.home / f'{name}.log')}")
+
+    # inside
+
+    def _run(self, *arguments: str) -> None:
+        result = subprocess.run([_airflow(), *arguments], env=self.env, cwd=self.home, capture_output=True, text=True, timeout=300)
+        (self.home / "migrate.log").write_text(result.stdout + result.stderr)
+        if result.returncode:
+            raise AirflowError(f"airflow {' '.join(arguments)} ended with {result.returncode}: {result.stderr[-2000:]}")
+
+    def _wait_healthy(self, timeout: float) -> None:
+        until = time.monotonic() + timeout
+        unhealthy: Any = "no answer yet"
+        while time.monotonic() < until:
+            self.check_components()
+            try:
+                health = self._http.get(f"{self.url}/api/v2/monitor/health", timeout=5).json()
+                unhealthy = [name for name, part in health.items() if part.get("status") != "healthy"]
+                if not unhealthy:
+                    self._login()
+                    if self._get("dags", limit=100)["total_entries"] >= len(list((REPOSITORY / "dags").glob("*.py"))):
+                        return
+                    unhealthy = "the DAGs are not parsed yet"
+            except (requests.RequestException, ValueError) as error:
+                unhealthy = error
+            time.sleep(0.5)
+        raise AirflowError(f"Airflow is not healthy after {timeout:.0f} s ({unhealthy}); logs in {self.home}")
+
+    def _login(self) -> None:
+        answer = self._http.post(f"{self.url}/auth/token", json={"username": USER, "password": self.password}, timeout=30)
+        answer.raise_for_status()
+        self._http.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
+
+    def _get(self, path: str, **query: Any) -> Any:
+        return self._request("GET", path, None, query)
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None, query: dict[str, Any] | None = None) -> Any:
+        headers = {"Accept": "application/json"}
+        for attempt in _attempts(5):
+            try:
+                answer = self._http.request(
+                    method, f"{self.url}/api/v2/{path}", json=body, params=query, headers=headers, timeout=60
+                )
+            except requests.ConnectionError:
+                # a busy machine: the one API worker may be restarting
+                if attempt == 4 or method == "POST":
+                    raise
+                continue
+            if answer.status_code == 401:
+                self._login()
+                continue
+            if answer.status_code >= 500 and method == "GET" and attempt < 4:
+                continue
+            if not answer.ok:
+                raise AirflowError(f"{method} {path} answered {answer.status_code}: {answer.text[:500]}")
+            return answer.json() if answer.content else None
+        raise AirflowError(f"{method} {path}: no usable answer from {self.url}")
+
+
+def end_marked(marker: str) -> None:
+    """Ends every living process that carries our marker, by pid: SIGTERM, and SIGKILL two seconds later."""
+    for signum in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
+        left = processes.processes_with_marker(processes.MARKER, marker)
+        if not left:
+            return
+        processes.send(left, signum)
+        until = time.monotonic() + 2
+        while time.monotonic() < until and processes.processes_with_marker(processes.MARKER, marker):
+            time.sleep(0.1)
+    left = processes.processes_with_marker(processes.MARKER, marker)
+    if left:
+        raise AirflowError(f"processes {left} do not end; end them by pid")
+
+
+def _attempts(count: int) -> Iterator[int]:
+    for attempt in range(count):
+        if attempt:
+            time.sleep(0.5 * attempt)
+        yield attempt
+
+
+def _airflow() -> str:
+    return str(Path(sys.executable).with_name("airflow"))
+
+
+def _line(item: Any) -> str:
+    if not isinstance(item, dict):
+        return str(item)
+    text = str(item.get("event", ""))
+    for detail in item.get("error_detail") or []:
+        text += f"\n{detail.get('exc_type')}: {detail.get('exc_value')}"
+    return text
+
+
+def _tail(path: Path, size: int = 1500) -> str:
+    return path.read_text(errors="replace")[-size:] if path.exists() else "no log"
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
