@@ -16,6 +16,11 @@ def coingecko(series: str, coin: str, day: date) -> str:
     return f"raw/coingecko/{series}/coin={coin}/date={day.isoformat()}/points.parquet"
 
 
+def partitions(key: str) -> str:
+    """The prefix of all days of the series that the partition ``key`` belongs to."""
+    return key[: key.index("/date=") + 1]
+
+
 def quality(day: date) -> str:
     """The quality record of one day's partitions."""
     return f"raw/quality/date={day.isoformat()}/report.json"

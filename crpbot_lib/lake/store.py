@@ -10,7 +10,8 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlencode, urlsplit
@@ -82,7 +83,11 @@ class Lake:
             raise KeyExistsError(f"{self.url(key)} exists already") from None
 
     def tags(self, key: str) -> dict[str, str]:
-        return self._backend.tags(key)
+        """The object's tags; KeyMissingError when there is no object."""
+        try:
+            return self._backend.tags(key)
+        except KeyMissingError:
+            raise KeyMissingError(f"{self.url(key)} does not exist") from None
 
     def read_json(self, key: str) -> Any:
         data = self.read(key)
@@ -144,8 +149,12 @@ class _Directory:
                 part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+        tags_key = f"{key}.tags.json"
         if tags:
-            self.write(f"{key}.tags.json", json.dumps(dict(tags), sort_keys=True).encode(), False, {})
+            self.write(tags_key, json.dumps(dict(tags), sort_keys=True).encode(), False, {})
+        elif not key.endswith(".tags.json"):
+            # an object written without tags has none, as in S3, and does not inherit those of the one before it
+            self._path(tags_key).unlink(missing_ok=True)
 
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
@@ -156,6 +165,8 @@ class _Directory:
         return [k for k in found if k.startswith(prefix) and not k.endswith((".part", ".tags.json"))]
 
     def tags(self, key: str) -> dict[str, str]:
+        if not self.exists(key):
+            raise KeyMissingError(key)
         try:
             return dict(json.loads(self.read(f"{key}.tags.json")))
         except KeyMissingError:
@@ -174,42 +185,48 @@ class _Bucket:
         )
 
     def read(self, key: str) -> bytes:
-        try:
+        with self._answered(key):
             return self.client.get_object(Bucket=self.bucket, Key=self.prefix + key)["Body"].read()
-        except self.client.exceptions.NoSuchKey:
-            raise KeyMissingError(key) from None
 
     def write(self, key: str, data: bytes, only_if_absent: bool, tags: Mapping[str, str]) -> None:
-        from botocore.exceptions import ClientError
-
         options: dict[str, Any] = {"IfNoneMatch": "*"} if only_if_absent else {}
         if tags:
             options["Tagging"] = urlencode(dict(tags))
-        try:
+        with self._answered(key):
             self.client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, **options)
-        except ClientError as error:
-            if only_if_absent and error.response["Error"]["Code"] in (
-                "PreconditionFailed",
-                "ConditionalRequestConflict",
-            ):
-                raise KeyExistsError(key) from None
-            raise
 
     def exists(self, key: str) -> bool:
-        from botocore.exceptions import ClientError
-
         try:
-            self.client.head_object(Bucket=self.bucket, Key=self.prefix + key)
-        except ClientError as error:
-            if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
-                return False
-            raise
+            with self._answered(key):
+                self.client.head_object(Bucket=self.bucket, Key=self.prefix + key)
+        except KeyMissingError:
+            return False
         return True
 
     def keys(self, prefix: str) -> list[str]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
-        return [item["Key"][len(self.prefix) :] for page in pages for item in page.get("Contents", [])]
+        with self._answered(prefix):
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
+            return [item["Key"][len(self.prefix) :] for page in pages for item in page.get("Contents", [])]
 
     def tags(self, key: str) -> dict[str, str]:
-        tag_set = self.client.get_object_tagging(Bucket=self.bucket, Key=self.prefix + key)["TagSet"]
+        with self._answered(key):
+            tag_set = self.client.get_object_tagging(Bucket=self.bucket, Key=self.prefix + key)["TagSet"]
         return {tag["Key"]: tag["Value"] for tag in tag_set}
+
+    @contextmanager
+    def _answered(self, key: str) -> Iterator[None]:
+        """Turns what S3 refuses into the lake's errors; an absent bucket or denied access is not an absent object."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except (BotoCoreError, ClientError) as error:
+            code = error.response["Error"]["Code"] if isinstance(error, ClientError) else ""
+            # HEAD has no body to tell an absent object from an absent bucket: both are a bare 404
+            if code in ("NoSuchKey", "404", "NotFound"):
+                raise KeyMissingError(key) from None
+            if code in ("PreconditionFailed", "ConditionalRequestConflict"):
+                raise KeyExistsError(key) from None
+            raise LakeError(
+                f"s3://{self.bucket}/{self.prefix}{key}: {error}; check CRPBOT_LAKE, AWS_ENDPOINT_URL and the credentials"
+            ) from error
