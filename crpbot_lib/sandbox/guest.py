@@ -124,11 +124,11 @@ def _boot(machine: Machine) -> NoReturn:
         os._exit(0)
 
     signal.signal(signal.SIGTERM, end_all)
+    die_with_parent(signal.SIGTERM)
     first = os.fork()
     if first == 0:
         die_with_parent()
         _first_process(machine, libc, isolated)
-    die_with_parent(signal.SIGTERM)
     while os.wait()[0] != first:
         continue
     end_all(signal.SIGTERM, None)
