@@ -31,7 +31,8 @@ HOURLY_WARM_UP = 400
 MAX_HOURLY_HOLE = timedelta(hours=6)
 """RSI and MACD step over a shorter hole of the hourly series; after a longer one they begin anew and warm up again."""
 HOURLY_MAX_AGE, DAILY_MAX_AGE = timedelta(hours=2), timedelta(days=2)
-"""Longer after it became available a point is no longer the present: the row's value is unknown."""
+"""Longer after it became available a point is no longer the present: the row's value is unknown. The points of two neighbouring
+hours, stamped anywhere inside them, lie up to two hours apart."""
 
 
 def _hourly(name: str, unit: str, formula: str, warm_up: int, expr: pl.Expr) -> Feature:

@@ -83,6 +83,7 @@ def engineer(
             # a bar stands until the next one closes, and not a minute longer
             age = timedelta(seconds=TIMEFRAME_SECONDS[width]) - CLOSES_AFTER
             rows = _join_known(rows, multi_timeframe.bars(width, served, minutes), age)
+        rows = multi_timeframe.prepare(rows)
     if "coingecko_hourly" in groups:
         hourly = candles.check_points(f"{symbol} CoinGecko hourly points", coingecko_points.get("hourly"))
         rows = _join_known(rows, coingecko.hourly_indicators(hourly), coingecko.HOURLY_MAX_AGE)

@@ -26,8 +26,7 @@ def _votes(sign: int) -> pl.Expr:
     return functools.reduce(operator.add, ((s == sign).cast(pl.Int8) for s in _SIGNS))
 
 
-UP, DOWN, FLAT = _votes(1), _votes(-1), _votes(0)
-SCORE = pl.max_horizontal(UP, DOWN, FLAT) / 4
+UP, DOWN, FLAT, SCORE = pl.col("up"), pl.col("down"), pl.col("flat"), pl.col("tf_alignment_score")
 DIRECTION = pl.when((UP > DOWN) & (UP > FLAT)).then(1).when((DOWN > UP) & (DOWN > FLAT)).then(-1).when(UP.is_not_null()).then(0)
 
 FEATURES: tuple[Feature, ...] = (
@@ -80,6 +79,13 @@ FEATURES: tuple[Feature, ...] = (
 )
 
 
+def prepare(rows: pl.LazyFrame) -> pl.LazyFrame:
+    """``rows``, joined with the bars of every width, with the columns that the formulas of this module share."""
+    return rows.with_columns(up=_votes(1), down=_votes(-1), flat=_votes(0)).with_columns(
+        tf_alignment_score=pl.max_horizontal(UP, DOWN, FLAT) / 4
+    )
+
+
 def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.LazyFrame:
     """The candles of one width on their own full grid: ``known_at`` (their close), OHLCV and the sign of the 5-bar change.
 
@@ -93,19 +99,22 @@ def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.La
     last = decided - timedelta(seconds=decided.timestamp() % seconds) - every
     grid = pl.datetime_range(served["timestamp"][0], last, every, time_unit="us", eager=True).alias("timestamp")
     traded = minutes.lazy().select(pl.col("timestamp").dt.truncate(width), traded=pl.lit(True)).unique()
-    silent = pl.col("close").is_null() & pl.col("traded").is_null()
+    silent, unserved = pl.col("silent"), pl.col("unserved")
     # NaN stands for a close that was not served: it must not be bridged by the close before it
-    unserved = pl.col("close").is_null() & pl.col("traded").is_not_null()
     last_close = pl.when(unserved).then(float("nan")).otherwise(pl.col("close")).forward_fill().fill_nan(None)
-    previous = pl.when(silent).then(last_close)
     return (
         grid.to_frame()
         .lazy()
         .join(served.lazy(), on="timestamp", how="left", maintain_order="left")
         .join(traded, on="timestamp", how="left", maintain_order="left")
         .with_columns(
-            *(pl.coalesce(c, previous) for c in ("open", "high", "low", "close")),
-            volume=pl.when(silent & previous.is_not_null()).then(0.0).otherwise(pl.col("volume")),
+            silent=pl.col("close").is_null() & pl.col("traded").is_null(),
+            unserved=pl.col("close").is_null() & pl.col("traded").is_not_null(),
+        )
+        .with_columns(last_close=last_close)
+        .with_columns(
+            *(pl.when(silent).then("last_close").otherwise(c).alias(c) for c in ("open", "high", "low", "close")),
+            volume=pl.when(silent & pl.col("last_close").is_not_null()).then(0.0).otherwise("volume"),
         )
         .select(
             (pl.col("timestamp") + every).alias("known_at"),
