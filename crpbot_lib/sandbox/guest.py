@@ -6,6 +6,9 @@ root could harm the machine. Below it bash runs the user data with ``--restricte
 PATH, no ``exec``, no writing redirection. PATH holds only the stand-ins below, and they do nothing but tell the local cloud what
 was asked. The job of ``docker run`` is the training entry point as an ordinary process.
 
+Without the right to namespaces (a container without CAP_SYS_ADMIN) everything but one thing holds: bash's own ``kill`` then reaches
+what its user may signal. The console's first line says which it was.
+
 Imports the standard library alone.
 """
 

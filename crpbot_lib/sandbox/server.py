@@ -121,7 +121,12 @@ class Sandbox:
         self.stop()
 
     def start(self) -> Sandbox:
-        """Starts everything and returns when it answers. RuntimeError when this process has one running already."""
+        """Starts everything and returns when it answers. RuntimeError when this process has one running already.
+
+        An object is started once; for another cloud make another object.
+        """
+        if self._stopping.is_set():
+            raise RuntimeError("this local cloud has been stopped: make a new Sandbox")
         if not _one_per_process.acquire(blocking=False):
             raise RuntimeError("a local cloud runs in this process already (moto keeps its state in globals): stop it first")
         self._running = True
