@@ -1,0 +1,216 @@
+"""What the container does: check the machine, check the features, train every symbol, store the models.
+
+Knows nothing of Airflow or EC2. torch is imported when the job runs, not when this module is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import shutil
+import subprocess
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from pydantic import ValidationError
+
+from crpbot_lib.lake import KeyMissingError, Lake, keys
+from crpbot_lib.training import dataset, evaluation
+from crpbot_lib.training.config import FeatureFile, JobSpec
+from crpbot_lib.training.errors import PermanentTrainingError
+from crpbot_lib.training.smoke import ModelLog
+from crpbot_lib.training.status import HEARTBEAT_SECONDS, StatusFile
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(BaseException):
+    """The process was told to end (SIGTERM). No Exception: nothing on the way may take it for an ordinary failure."""
+
+
+def run(lake: Lake, run_id: str, generation: int = 0, heartbeat: float = HEARTBEAT_SECONDS) -> None:
+    """Runs the job ``training-runs/<run_id>/job.json`` to its end and leaves its status in the lake.
+
+    ``generation`` counts the run's instances; the status carries it, so that an earlier instance's last word is not taken for
+    this one's.
+    Raises what made it fail (PermanentTrainingError where a retry would repeat it) after the status says so.
+    """
+    status, log = StatusFile(lake, run_id, generation), ModelLog(logger, smoke=False)
+    try:
+        spec = read_spec(lake, run_id)
+        log = ModelLog(logger, spec.smoke)
+        status = StatusFile(lake, run_id, generation, spec.symbols, spec.smoke)
+        status.start(heartbeat)
+        _train_all(lake, spec, status, log)
+        status.finish("succeeded")
+    except Interrupted:
+        log.warning("run %s: told to end (SIGTERM), stopping", run_id)
+        status.finish("interrupted", "the process was told to end (SIGTERM) before the training was done")
+        raise
+    except Exception as error:
+        permanent = bool(getattr(error, "permanent", False))
+        log.error("run %s failed%s: %s: %s", run_id, " for good" if permanent else "", type(error).__name__, error)
+        status.finish("failed", f"{type(error).__name__}: {error}", permanent=permanent)
+        raise
+
+
+def read_spec(lake: Lake, run_id: str) -> JobSpec:
+    """The job's spec; PermanentTrainingError when it is absent or not valid."""
+    key = keys.training_run(run_id, "job.json")
+    try:
+        spec = JobSpec.model_validate(lake.read_json(key))
+    except KeyMissingError as error:
+        raise PermanentTrainingError(f"run {run_id} has no job: {error}; write it with training.write_job") from error
+    except ValidationError as error:
+        raise PermanentTrainingError(f"{lake.url(key)} is no valid job of this version of the code: {error}") from error
+    if spec.run != run_id:
+        raise PermanentTrainingError(f"{lake.url(key)} is the job of run {spec.run}, expected {run_id}")
+    return spec
+
+
+def _train_all(lake: Lake, spec: JobSpec, status: StatusFile, log: ModelLog) -> None:
+    started = time.monotonic()
+    log.info("run %s: %s on features version %s, image %s", spec.run, ", ".join(spec.symbols), spec.feature_version, spec.image)
+    device, gpu = select_device(spec.smoke, log)
+    status.gpu(gpu)
+    for symbol in spec.symbols:
+        status.symbol(symbol, state="running")
+        metrics = _train_symbol(lake, spec, symbol, device, gpu, status, log)
+        status.symbol(symbol, state="succeeded", accuracy=metrics["accuracy"], seconds=metrics["seconds"])
+    log.info("run %s: %d models in %.1f s", spec.run, len(spec.symbols), time.monotonic() - started)
+
+
+def select_device(smoke: bool, log: ModelLog) -> tuple[torch.device, str | None]:
+    """The GPU and its name; the CPU and None for a smoke run on a machine without one.
+
+    Raises PermanentTrainingError without CUDA: the rule is never to train locally, on CPU or GPU of one's own.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name(0)
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        log.info("GPU: %s, %.0f GiB, CUDA %s, torch %s", name, memory, torch.version.cuda, torch.__version__)
+        if shutil.which("nvidia-smi"):
+            query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,temperature.gpu", "--format=csv,noheader"]
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+            log.info("nvidia-smi: %s", (answer.stdout or answer.stderr).strip())
+        return torch.device("cuda", 0), name
+    if not smoke:
+        raise PermanentTrainingError(
+            "torch.cuda.is_available() is False and the job is no smoke run: models are never trained locally or on a CPU. "
+            "Start it through the retrain DAG, which launches a GPU instance; if this is one, its driver or the container's GPU "
+            "access (docker run --gpus all) is missing"
+        )
+    # more threads gain a third on a free machine, and on a busy one they wait for each other ten times as long
+    torch.set_num_threads(1)
+    log.info("no GPU: a few steps of a small model on one CPU thread")
+    return torch.device("cpu"), None
+
+
+def load_features(lake: Lake, symbol: str, expected: FeatureFile) -> pl.DataFrame:
+    """The symbol's features, byte for byte what the manifest says; PermanentTrainingError with the difference when not."""
+    try:
+        data = lake.read(expected.key)
+    except KeyMissingError as error:
+        raise PermanentTrainingError(f"{symbol}: {error}; build the features of this version again") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected.sha256:
+        raise PermanentTrainingError(
+            f"{symbol}: {lake.url(expected.key)} ({len(data):,} bytes) has sha256 {found}, the manifest says {expected.sha256}: "
+            "the file was truncated or changed after the gate; build the features of this version again"
+        )
+    try:
+        frame = pl.read_parquet(io.BytesIO(data))
+    except pl.exceptions.PolarsError as error:
+        raise PermanentTrainingError(f"{symbol}: {lake.url(expected.key)} is no readable parquet file: {error}") from error
+    dataset.check_frame(symbol, frame, expected)
+    return frame
+
+
+def _train_symbol(
+    lake: Lake,
+    spec: JobSpec,
+    symbol: str,
+    device: torch.device,
+    gpu: str | None,
+    status: StatusFile,
+    log: ModelLog,
+) -> dict[str, Any]:
+    from crpbot_lib.training.checkpoint import Checkpoint
+    from crpbot_lib.training.trainer import train
+
+    expected = spec.features[symbol]
+    frame = load_features(lake, symbol, expected)
+    log.info(
+        "%s: %s rows, sha256, names, order and dtypes are the manifest's, catalog %s", symbol, f"{frame.height:,}", expected.catalog
+    )
+    data = dataset.build(symbol, frame, expected.names, spec.train)
+    log.info("%s: Numeric features selected: %d", symbol, data.values.shape[1])
+    log.info(
+        "%s: %s training and %s validation windows, split at %s; %s",
+        symbol,
+        f"{len(data.train):,}",
+        f"{len(data.validation):,}",
+        data.split,
+        ", ".join(f"{name} {count:,}" for name, count in data.counts.items()),
+    )
+    trained = train(symbol, data, spec.train, device, log, lambda step, of: status.symbol(symbol, step=step, steps=of))
+    base_rate = float(data.labels[data.train].mean())
+    scores = evaluation.evaluate(trained.validation, data.labels[data.validation], spec.train.horizon, base_rate)
+    checkpoint = Checkpoint(
+        symbol=symbol,
+        run=spec.run,
+        smoke=spec.smoke,
+        names=expected.names,
+        catalog=expected.catalog,
+        feature_version=spec.feature_version,
+        scaler=data.scaler,
+        config=spec.train,
+        weights=trained.weights,
+    )
+    content = checkpoint.to_bytes()
+    metrics: dict[str, Any] = {
+        "run": spec.run,
+        "symbol": symbol,
+        "smoke": spec.smoke,
+        "gpu": gpu,
+        "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(trained.seconds, 3),
+        "feature_version": spec.feature_version,
+        "catalog": expected.catalog,
+        "file_features": expected.features,
+        "input_size": checkpoint.input_size,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "steps": trained.steps,
+        "epochs": trained.epochs,
+        "train_loss": trained.train_loss,
+        "train_windows": len(data.train),
+        "train_base_rate": base_rate,
+        "split": data.split,
+        **data.counts,
+        **scores,
+    }
+    lake.write(keys.run_symbol(spec.run, symbol, "model.pt"), content)
+    lake.write_json(keys.run_symbol(spec.run, symbol, "metrics.json"), metrics)
+    log.info(
+        "%s: accuracy %.3f +- %.3f on later rows (commoner side %.3f, n %s, effective %s), log loss %.4f (base %.4f); "
+        "checkpoint input_size %d, %s bytes",
+        symbol,
+        scores["accuracy"],
+        scores["accuracy_se"],
+        scores["majority_accuracy"],
+        f"{scores['validation_windows']:,}",
+        f"{scores['effective_n']:,}",
+        scores["log_loss"],
+        scores["base_log_loss"],
+        checkpoint.input_size,
+        f"{len(content):,}",
+    )
+    return metrics

@@ -1,0 +1,97 @@
+"""``status.json``: what the job does now, and a heartbeat that says it still does."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from crpbot_lib.lake import Lake, keys
+from crpbot_lib.training.smoke import marked
+
+logger = logging.getLogger(__name__)
+HEARTBEAT_SECONDS = 5.0
+State = Literal["running", "succeeded", "failed", "interrupted"]
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class StatusFile:
+    """Writes the status of one run, at every change and every few seconds. The last state is written once and stays."""
+
+    def __init__(
+        self,
+        lake: Lake,
+        run: str,
+        generation: int = 0,
+        symbols: tuple[str, ...] = (),
+        smoke: bool = False,
+        now: Callable[[], datetime] = _utc_now,
+    ) -> None:
+        self._lake, self._key, self._now = lake, keys.training_run(run, "status.json"), now
+        self._smoke = smoke
+        # one writer at a time: a heartbeat that was on its way must not land on top of the final state
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._content: dict[str, Any] = {
+            "run": run,
+            "generation": generation,
+            "state": "running",
+            "started": now().isoformat(),
+            "error": None,
+            "permanent": False,
+            "smoke": smoke,
+            "gpu": None,
+            "symbols": {symbol: {"state": "pending"} for symbol in symbols},
+        }
+
+    def start(self, every: float = HEARTBEAT_SECONDS) -> None:
+        """Writes ``running`` and keeps the heartbeat going in a thread."""
+        self._write()
+        self._thread = threading.Thread(target=self._beat, args=(every,), name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def gpu(self, name: str | None) -> None:
+        """Names the GPU that the job found (None: none)."""
+        with self._lock:
+            self._content["gpu"] = name
+
+    def symbol(self, symbol: str, **fields: Any) -> None:
+        """Updates one symbol's entry; the next heartbeat carries it."""
+        with self._lock:
+            self._content["symbols"][symbol] = {**self._content["symbols"].get(symbol, {}), **fields}
+
+    def finish(self, state: State, error: str | None = None, permanent: bool = False) -> None:
+        """The final state; symbols that were still running take it too."""
+        self._stop.set()
+        with self._lock:
+            self._content |= {
+                "state": state,
+                "error": None if error is None else marked(error, self._smoke),
+                "permanent": permanent,
+            }
+            for own in self._content["symbols"].values():
+                if own["state"] == "running":
+                    own |= {"state": state, "error": self._content["error"]}
+        self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            self._content["heartbeat"] = self._now().isoformat()
+            self._lake.write_json(self._key, self._content)
+
+    def _beat(self, every: float) -> None:
+        while not self._stop.wait(every):
+            with self._lock:
+                if self._stop.is_set():
+                    return
+                self._content["heartbeat"] = self._now().isoformat()
+                try:
+                    self._lake.write_json(self._key, self._content)
+                except Exception as error:  # a store away for a moment must not end the heartbeat; the watcher has its own limit
+                    logger.warning("heartbeat not written, the next one will be tried: %s: %s", type(error).__name__, error)

@@ -1,0 +1,143 @@
+"""Windows and labels know nothing they must not know. The frames here are synthetic: two numbered features."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import polars as pl
+import pytest
+
+from crpbot_lib.training.config import FeatureFile, TrainConfig
+from crpbot_lib.training.dataset import DOWN, EQUAL, UNKNOWN, UP, Scaler, build, check_frame, labels
+from crpbot_lib.training.errors import PermanentTrainingError
+
+START = datetime(2025, 5, 5, tzinfo=UTC)
+MINUTE = 60_000_000
+CONFIG = TrainConfig(sequence=10, horizon=5, embargo=20, validation_fraction=0.25)
+
+
+def synthetic(minutes: list[int], seed: int = 0) -> pl.DataFrame:
+    """A features frame with the given minutes after START; feature ``a`` is the minute's number."""
+    rng = np.random.default_rng(seed)
+    n = len(minutes)
+    return pl.DataFrame(
+        {
+            "timestamp": pl.Series([START + timedelta(minutes=m) for m in minutes], dtype=pl.Datetime("us", "UTC")),
+            "close": 100 + rng.normal(size=n).cumsum(),
+            "session": ["tokyo"] * n,
+            "a": pl.Series(minutes, dtype=pl.Float32),
+            "b": pl.Series(rng.normal(size=n), dtype=pl.Float32),
+        }
+    )
+
+
+def minute_of(frame: pl.DataFrame, rows: np.ndarray) -> np.ndarray:
+    return ((frame["timestamp"].dt.epoch("us").to_numpy()[rows] - int(START.timestamp() * 1e6)) // MINUTE).astype(int)
+
+
+def test_the_label_compares_the_close_one_horizon_later() -> None:
+    times = np.arange(8, dtype=np.int64) * MINUTE
+    close = np.array([10.0, 10, 10, 11, 9, 10, 11, 12])
+
+    assert labels(times, close, 3).tolist() == [UP, DOWN, EQUAL, EQUAL, UP, UNKNOWN, UNKNOWN, UNKNOWN]
+
+
+def test_a_label_across_an_outage_is_unknown() -> None:
+    times = np.array([0, 1, 2, 3, 60, 61, 62, 63], dtype=np.int64) * MINUTE
+
+    found = labels(times, np.arange(8.0), 2)
+
+    assert found.tolist() == [UP, UP, UNKNOWN, UNKNOWN, UP, UP, UNKNOWN, UNKNOWN]
+
+
+def test_no_window_and_no_label_spans_an_outage_or_the_split() -> None:
+    present = [*range(0, 200), *range(230, 420), *range(421, 600)]
+    frame = synthetic(present)
+
+    data = build("X", frame, ("a", "b"), CONFIG)
+
+    border = (datetime.fromisoformat(data.split) - START) // timedelta(minutes=1)
+    there = set(present)
+    for side in (data.train, data.validation):
+        assert len(side) > 50
+        for last in minute_of(frame, side):
+            needed = range(last - CONFIG.sequence + 1, last + CONFIG.horizon + 1)
+            assert there.issuperset(needed), f"the window that ends at minute {last} reaches over an outage"
+    assert minute_of(frame, data.train).max() + CONFIG.horizon < border
+    assert minute_of(frame, data.validation).min() - CONFIG.sequence + 1 >= border + CONFIG.embargo
+
+
+def test_every_row_that_may_be_used_is_used() -> None:
+    frame = synthetic(list(range(400)))
+
+    data = build("X", frame, ("a", "b"), CONFIG)
+
+    assert (data.train[0], data.train[-1]) == (9, 294), "from the first whole window to the last label before row 300"
+    assert (data.validation[0], data.validation[-1]) == (329, 394), "from split + embargo + window to the last label"
+    assert data.counts["at_split"] == 329 - 294 - 1
+    assert data.counts["without_label"] == 5
+    assert data.counts["without_window"] == 9
+
+
+def test_equal_prices_are_dropped_and_counted() -> None:
+    frame = synthetic(list(range(400))).with_columns(close=pl.when(pl.col("a") < 100).then(50.0).otherwise("close"))
+
+    data = build("X", frame, ("a", "b"), CONFIG)
+
+    assert data.counts["equal_prices_dropped"] == 95
+    assert data.train.min() == 95
+    assert set(np.unique(data.labels[data.train])) == {0.0, 1.0}
+
+
+def test_the_scaler_knows_the_training_rows_only() -> None:
+    frame = synthetic(list(range(400)))
+    spoiled = frame.with_columns(b=pl.when(pl.col("a") > 294).then(1e6).otherwise("b").cast(pl.Float32))
+
+    data, other = build("X", frame, ("a", "b"), CONFIG), build("X", spoiled, ("a", "b"), CONFIG)
+
+    assert data.scaler.mean.tolist() == other.scaler.mean.tolist()
+    assert data.scaler.scale.tolist() == other.scaler.scale.tolist()
+    assert data.scaler.mean[0] == pytest.approx(np.arange(295).mean())
+    assert data.scaler.scale[0] == pytest.approx(np.arange(295).std())
+
+
+def test_a_constant_feature_is_centred_and_a_far_value_is_cut() -> None:
+    values = np.array([[5.0, 1.0], [5.0, 3.0]], dtype=np.float32)
+    scaler = Scaler.fit(values, clip=10)
+
+    assert scaler.transform(np.array([[5.0, 1e9], [6.0, 2.0]], dtype=np.float32)).tolist() == [[0.0, 10.0], [1.0, 0.0]]
+
+
+def test_too_few_rows_say_so() -> None:
+    with pytest.raises(PermanentTrainingError, match=r"X: 60 rows give .* training and 0 validation windows.*more days"):
+        build("X", synthetic(list(range(60))), ("a", "b"), CONFIG)
+
+
+def expectation(frame: pl.DataFrame, names: tuple[str, ...] = ("a", "b")) -> FeatureFile:
+    return FeatureFile(key="features.parquet", sha256="", rows=frame.height, features=len(names), names=names, catalog="c")
+
+
+FRAME = synthetic(list(range(50)))
+
+
+@pytest.mark.parametrize(
+    ("frame", "difference"),
+    [
+        (FRAME.drop("b"), "has 1 numeric features, the job expects 2.*not in the file: b"),
+        (FRAME.with_columns(c=pl.lit(1.0, pl.Float32)), "has 3 numeric features.*not in the job: c"),
+        (FRAME.select("timestamp", "close", "session", "b", "a"), "the order differs from position 0: file b, job a"),
+        (FRAME.with_columns(pl.col("b").cast(pl.Float64)), "b is Float64, expected Float32"),
+        (FRAME.head(49), "49 rows, the job expects 50"),
+        (FRAME.with_columns(b=pl.when(pl.col("a") == 3).then(None).otherwise("b")), "b holds null, NaN or infinite"),
+        (FRAME.with_columns(b=pl.lit(float("nan"), pl.Float32)), "b holds null, NaN or infinite"),
+        (FRAME.reverse(), "not sorted, unique and on the minute grid"),
+    ],
+)
+def test_a_file_that_is_not_what_the_job_was_told_is_refused_with_the_difference(frame: pl.DataFrame, difference: str) -> None:
+    with pytest.raises(PermanentTrainingError, match=difference):
+        check_frame("X", frame, expectation(FRAME))
+
+
+def test_a_file_that_is_what_the_job_was_told_passes() -> None:
+    check_frame("X", FRAME, expectation(FRAME))
