@@ -1,0 +1,53 @@
+"""``crpbot runtime``: decisions by the promoted models, or by one version on trial."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from crpbot_lib.cli.models import clear_errors
+from crpbot_lib.config import settings
+from crpbot_lib.lake import Lake
+from crpbot_lib.runtime import run
+
+
+class RunMode(StrEnum):
+    DRYRUN = "dryrun"
+    LIVE = "live"
+
+
+def runtime(
+    mode: Annotated[RunMode, typer.Option(help="dryrun decides and tells; live also sends to Telegram, champions only.")],
+    iterations: Annotated[int, typer.Option(min=1, help="Rounds of one decision per symbol, one a minute.")] = 5,
+    model: Annotated[str | None, typer.Option(help="Dry-run this version instead of the champions.")] = None,
+    at: Annotated[
+        str | None, typer.Option(help="Replay from this UTC time without waiting, e.g. 2025-05-29T00:00:00Z (dryrun only).")
+    ] = None,
+    symbols: Annotated[str | None, typer.Option(help="Comma-separated; default: all that the models cover.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record of the run as one JSON object.")] = False,
+) -> None:
+    """Decide once a minute per symbol. Exits 1 when predictions are stuck, 0 otherwise."""
+    with clear_errors():
+        config = settings()
+        if at is not None:
+            as_of = type(config.runtime)(as_of=datetime.fromisoformat(at)).as_of
+            config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"as_of": as_of})})
+        result = run(
+            config,
+            Lake(config.lake),
+            mode.value,
+            iterations,
+            model,
+            symbols=[s.strip() for s in symbols.split(",")] if symbols else None,
+            emit=(lambda line: typer.echo(line, err=True)) if as_json else typer.echo,
+        )
+    if as_json:
+        typer.echo(json.dumps(result))
+    for reason in [*result["skipped"], *result["stuck"].values()]:
+        typer.echo(f"error: {reason}" if reason in result["stuck"].values() else f"warning: {reason}", err=True)
+    if not result["not_stuck"]:
+        raise typer.Exit(1)
