@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+import uuid
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,8 @@ class LaunchRecord(BaseModel):
     run: str
     sequence: int
     generation: int
+    nonce: str
+    """Random, so that a run name used again in another lake or after a clean-up never meets an old token."""
     instance_type: str
     subnet_id: str | None
     market: str
@@ -81,7 +84,8 @@ class LaunchRecord(BaseModel):
 
     @property
     def token(self) -> str:
-        text = f"{self.run}\n{self.generation}\n{self.instance_type}\n{self.subnet_id}\n{self.market}"
+        """The ClientToken (at most 64 characters): equal for every replay of this record, and for nothing else."""
+        text = f"{self.nonce}\n{self.run}\n{self.generation}\n{self.instance_type}\n{self.subnet_id}\n{self.market}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -155,7 +159,7 @@ def ensure_instance(
     if alive:
         terminate_run(ec2, gpu, run, now=now, sleep=sleep)
 
-    record = _open_record(ec2, lake, gpu, run, now)
+    record, replayed = _open_record(ec2, lake, gpu, run, now)
     while True:
         try:
             launched = _run_instances(ec2, lake, gpu, record, dag, dag_run)
@@ -169,11 +173,24 @@ def ensure_instance(
                     f"AWS refused to launch {record.instance_type} ({record.market}) for {run}: {error}. What to do: {advice}."
                 ) from error
             log.warning("%s (%s) cannot be had: %s", record.instance_type, record.market, error.response["Error"].get("Message"))
-            record = _next_candidate(ec2, lake, gpu, record, now)
+            following = _next_candidate(ec2, lake, gpu, record, now)
+            if following is None and replayed:
+                # what an earlier try recorded is refused to its end, so no instance of it exists: the list begins anew
+                following = _new_generation(ec2, lake, gpu, run, record.sequence + 1, record.generation + 1, now)
+                replayed = False
+            if following is None:
+                tried = ", ".join(
+                    f"{r.instance_type} ({r.market})" for r in records(lake, run) if r.generation == record.generation
+                )
+                raise NoCapacityError(
+                    f"no capacity for {run}: {tried} were refused. Try again later, add candidates or a second zone, "
+                    "or allow on-demand with CRPBOT_GPU__ALLOW_ON_DEMAND=true"
+                ) from error
+            record = following
             continue
         if launched.state in instances.ENDING:
             # the recorded launch is one that has ended since: the token hands the dead instance back
-            record = _new_generation(ec2, lake, gpu, run, record.sequence + 1, record.generation + 1, now)
+            record, replayed = _new_generation(ec2, lake, gpu, run, record.sequence + 1, record.generation + 1, now), False
             continue
         return launched
 
@@ -184,16 +201,16 @@ def records(lake: Lake, run: str) -> list[LaunchRecord]:
     return [LaunchRecord.model_validate(lake.read_json(key)) for key in found]
 
 
-def _open_record(ec2: EC2Client, lake: Lake, gpu: GpuSettings, run: str, now: Callable[[], datetime]) -> LaunchRecord:
-    """The record to launch by: the last one while its outcome is open, else the first of a new generation."""
+def _open_record(ec2: EC2Client, lake: Lake, gpu: GpuSettings, run: str, now: Callable[[], datetime]) -> tuple[LaunchRecord, bool]:
+    """The record to launch by, and whether it is an earlier one: the last while its outcome is open, else a new generation's."""
     written = records(lake, run)
     if not written:
-        return _new_generation(ec2, lake, gpu, run, 1, 1, now)
+        return _new_generation(ec2, lake, gpu, run, 1, 1, now), False
     last = written[-1]
     ended = instances.find(ec2, gpu.project_tag, run, instances.ENDING)
     if any(i.generation == last.generation for i in ended) or last.deadline <= now():
-        return _new_generation(ec2, lake, gpu, run, last.sequence + 1, last.generation + 1, now)
-    return last
+        return _new_generation(ec2, lake, gpu, run, last.sequence + 1, last.generation + 1, now), False
+    return last, True
 
 
 def _new_generation(
@@ -208,18 +225,13 @@ def _new_generation(
 
 def _next_candidate(
     ec2: EC2Client, lake: Lake, gpu: GpuSettings, record: LaunchRecord, now: Callable[[], datetime]
-) -> LaunchRecord:
+) -> LaunchRecord | None:
+    """The record of the generation's next candidate; None when none is left or configured any longer."""
     if not record.remaining:
-        tried = ", ".join(f"{r.instance_type} ({r.market})" for r in records(lake, record.run) if r.generation == record.generation)
-        raise NoCapacityError(
-            f"no capacity for {record.run}: {tried} were refused. Try again later, add candidates or a second zone, "
-            "or allow on-demand with CRPBOT_GPU__ALLOW_ON_DEMAND=true"
-        )
+        return None
     prices = {(c.instance_type, market): (c, market, price) for c, market, price in candidates_by_price(ec2, gpu)}
     choices = [prices[pair] for pair in record.remaining if pair in prices]
-    if not choices:
-        raise NoCapacityError(f"no capacity for {record.run}: the remaining candidates {record.remaining} are no longer configured")
-    return _write(lake, gpu, record.run, record.sequence + 1, record.generation, choices, now)
+    return _write(lake, gpu, record.run, record.sequence + 1, record.generation, choices, now) if choices else None
 
 
 def _write(
@@ -237,6 +249,7 @@ def _write(
         run=run,
         sequence=sequence,
         generation=generation,
+        nonce=uuid.uuid4().hex,
         instance_type=candidate.instance_type,
         subnet_id=candidate.subnet_id,
         market=market,

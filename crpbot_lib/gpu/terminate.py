@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from crpbot_lib.config import GpuSettings
 from crpbot_lib.gpu import instances
@@ -63,7 +63,7 @@ def terminate_run(
                 log.info("terminating %s of %s", ", ".join(f"{i.id} ({i.type}, {i.state})" for i in alive), run)
                 terminate(ec2, [i.id for i in alive])
             failures = 0
-        except ClientError as error:
+        except (ClientError, BotoCoreError) as error:
             failures += 1
             if failures >= _API_TRIES:
                 raise TerminationError(

@@ -1,0 +1,71 @@
+"""The reaper: past the deadline at once, an ended run on the second pass, never a young or a busy instance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from crpbot_lib.config import GpuSettings
+from crpbot_lib.gpu import instances, launch, reap
+from crpbot_lib.gpu.instances import Instance
+from crpbot_lib.lake import Lake
+
+NOW = datetime(2025, 5, 29, 12, tzinfo=UTC)
+
+
+def instance(age_minutes: float, deadline_in_minutes: float | None, **tags: str) -> Instance:
+    if deadline_in_minutes is not None:
+        tags[instances.TAG_DEADLINE] = (NOW + timedelta(minutes=deadline_in_minutes)).isoformat()
+    launched = NOW - timedelta(minutes=age_minutes)
+    return Instance("i-1", "g5.xlarge", "running", "spot", "us-east-1a", launched, None, "", tags)
+
+
+@pytest.mark.parametrize(
+    ("what", "found", "run_ended", "action"),
+    [
+        ("busy", instance(60, 60), False, "keep"),
+        ("a run nobody here knows", instance(60, 60), None, "keep"),
+        ("just launched, its run not visible yet", instance(2, 118), True, "keep"),
+        ("past its deadline though its run is active", instance(121, -1), False, "terminate"),
+        ("past its deadline, however young", instance(2, -1), None, "terminate"),
+        ("no deadline at all", instance(60, None), False, "terminate"),
+        ("its run has ended, first pass", instance(60, 60), True, "suspect"),
+        ("its run has ended, second pass", instance(60, 60, **{instances.TAG_REAP: "earlier"}), True, "terminate"),
+        ("marked once, but its run is active again", instance(60, 60, **{instances.TAG_REAP: "earlier"}), False, "keep"),
+    ],
+)
+def test_the_rule(what: str, found: Instance, run_ended: bool | None, action: str) -> None:
+    assert reap.judge(found, run_ended, NOW).action == action, what
+
+
+def test_an_instance_past_its_deadline_is_ended_and_a_dry_run_only_says_so(
+    ec2: Any, gpu: GpuSettings, lake: Lake, until: Callable[..., None], run: str
+) -> None:
+    launched = launch.ensure_instance(ec2, lake, gpu, run)
+    later = datetime.now(UTC) + timedelta(minutes=gpu.max_lifetime_minutes + 1)
+
+    (verdict,) = reap.reap(ec2, gpu, lambda _: False, dry_run=True, now=lambda: later)
+    assert verdict.action == "terminate"
+    assert [i.id for i in instances.find(ec2, gpu.project_tag, states=instances.ALIVE)] == [launched.id]
+
+    reap.reap(ec2, gpu, lambda _: False, now=lambda: later)
+    until(lambda: not instances.find(ec2, gpu.project_tag, states=instances.ALIVE))
+
+
+def test_an_ended_runs_instance_takes_two_passes(
+    ec2: Any, gpu: GpuSettings, lake: Lake, until: Callable[..., None], run: str
+) -> None:
+    launch.ensure_instance(ec2, lake, gpu, run)
+    later = datetime.now(UTC) + reap.BOOT_GRACE + timedelta(minutes=1)
+    actions = [reap.reap(ec2, gpu, lambda _: True, now=lambda: later)[0].action for _ in range(2)]
+    assert actions == ["suspect", "terminate"]
+    until(lambda: not instances.find(ec2, gpu.project_tag, states=instances.ALIVE))
+
+
+def test_another_projects_instance_is_never_looked_at(ec2: Any, gpu: GpuSettings, lake: Lake) -> None:
+    launch.ensure_instance(ec2, lake, gpu.model_copy(update={"project_tag": "somebody-else"}), "run-x")
+    later = datetime.now(UTC) + timedelta(days=1)
+    assert reap.reap(ec2, gpu, lambda _: True, now=lambda: later) == []
