@@ -13,7 +13,6 @@ brings the former champion back.
 
 from __future__ import annotations
 
-import logging
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,8 +21,6 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from crpbot_airflow.defaults import MODELS_ASSET, Tag, default_args, run_step
 from crpbot_lib.config import settings
-
-log = logging.getLogger(__name__)
 
 
 @dag(
@@ -69,15 +66,7 @@ def promote() -> None:
         """Tells the Telegram chat, where one is configured; the promotion stands either way."""
         from crpbot_lib.runtime import telegram
 
-        smoke = "SMOKE " if promoted["smoke"] else ""
-        text = f"{smoke}models promoted: " + ", ".join(f"{symbol} {version}" for symbol, version in promoted["symbols"].items())
-        chat = settings().telegram
-        if not telegram.enabled(chat):
-            log.info("no Telegram chat is configured, so nobody is told: %s", text)
-            return False
-        telegram.send(chat, text)
-        log.info("told Telegram: %s", text)
-        return True
+        return telegram.notify(settings(), promoted["message"])
 
     version = choose_version()
     verified = download_and_verify(version)

@@ -18,7 +18,7 @@ for _name in [name for name in os.environ if name.startswith(("AWS_", "CRPBOT_",
 os.environ.update(
     AWS_EC2_METADATA_DISABLED="true",
     AWS_ACCESS_KEY_ID="test",
-    AWS_SECRET_ACCESS_KEY="test",  # noqa: S105
+    AWS_SECRET_ACCESS_KEY="test",
     AWS_DEFAULT_REGION="us-east-1",
     AWS_CONFIG_FILE=os.devnull,
     AWS_SHARED_CREDENTIALS_FILE=os.devnull,
@@ -38,7 +38,7 @@ class OutsideConnectionError(AssertionError):
 
 
 @pytest.fixture(autouse=True)
-def loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any connection that leaves this machine fails the test that tried it."""
     connect, connect_ex = socket.socket.connect, socket.socket.connect_ex
 
@@ -57,7 +57,6 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(socket.socket, "connect", guarded_connect)
     monkeypatch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
-    yield
 
 
 @pytest.fixture(autouse=True)

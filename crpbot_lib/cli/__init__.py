@@ -7,16 +7,21 @@ import sys
 
 import typer
 
-from crpbot_lib.cli import data, features, gpu, models, runtime, sandbox
+from crpbot_lib.cli.data import coverage, fetch
+from crpbot_lib.cli.features import app as features
+from crpbot_lib.cli.gpu import app as gpu
+from crpbot_lib.cli.models import app as models
+from crpbot_lib.cli.runtime import runtime
+from crpbot_lib.cli.sandbox import demo
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="The retraining workflow, one command a step.")
-app.add_typer(data.fetch, name="fetch")
-app.command(name="coverage")(data.coverage)
-app.add_typer(features.app, name="features")
-app.add_typer(gpu.app, name="gpu")
-app.add_typer(models.app, name="models")
-app.command(name="runtime")(runtime.runtime)
-app.command(name="demo")(sandbox.demo)
+app.add_typer(fetch, name="fetch")
+app.command()(coverage)
+app.add_typer(features, name="features")
+app.add_typer(gpu, name="gpu")
+app.add_typer(models, name="models")
+app.command()(runtime)
+app.command()(demo)
 
 
 @app.callback()

@@ -168,6 +168,11 @@ class LocalAirflow:
         """Marks a task, as the UI's "Mark state as …" does."""
         self._request("PATCH", f"dags/{dag}/dagRuns/{run}/taskInstances/{task}", {"new_state": state})
 
+    def clear(self, dag: str, run: str, task: str) -> None:
+        """Clears a task with what follows it, as the UI's "Clear task" does."""
+        body = {"dry_run": False, "dag_run_id": run, "task_ids": [task], "include_downstream": True, "only_failed": False}
+        self._request("POST", f"dags/{dag}/clearTaskInstances", body)
+
     def wait(self, dag: str, run: str, timeout: float, progress: Callable[[list[dict[str, Any]]], None] | None = None) -> str:
         """Waits for the end of a run and returns its state; ``progress`` gets the task instances every second."""
         until = time.monotonic() + timeout

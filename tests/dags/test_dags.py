@@ -1,0 +1,147 @@
+"""What holds for every DAG, and what the retraining DAG promises by its shape alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DAG_IDS = ["market_data", "promote", "reap_gpu_instances", "retrain"]
+
+
+def test_these_are_the_dags(dags: dict[str, Any]) -> None:
+    assert sorted(dags) == DAG_IDS
+
+
+def test_airflow_itself_lists_no_import_error(airflow_env: dict[str, str]) -> None:
+    airflow = Path(sys.executable).with_name("airflow")
+    command = [airflow, "dags", "list-import-errors", "--local", "--output", "json"]
+    answer = subprocess.run(command, env=airflow_env, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip().splitlines()[-1] in ("[]", "No data found")
+
+
+@pytest.mark.parametrize("dag_id", DAG_IDS)
+def test_every_dag_has_a_page_tags_of_the_closed_set_and_an_owner(dags: dict[str, Any], dag_id: str) -> None:
+    from crpbot_airflow.defaults import OWNER, Tag
+
+    dag = dags[dag_id]
+    assert dag.doc_md.startswith(f"# {dag_id}")
+    assert "**When it fails:**" in dag.doc_md
+    assert dag.tags
+    assert set(dag.tags) <= {str(tag) for tag in Tag}
+    assert {task.owner for task in dag.tasks} == {OWNER}
+
+
+@pytest.mark.parametrize("dag_id", DAG_IDS)
+def test_every_task_has_a_time_limit_and_no_dag_skips_its_teardown_by_one(dags: dict[str, Any], dag_id: str) -> None:
+    dag = dags[dag_id]
+    assert dag.dagrun_timeout is None
+    assert all(task.execution_timeout for task in dag.tasks)
+    assert dag.catchup is False
+
+
+def test_a_day_of_market_data_runs_at_the_next_midnight_and_is_named_by_its_key(dags: dict[str, Any]) -> None:
+    from airflow.serialization.serialized_objects import DagSerialization
+    from airflow.timetables.base import TimeRestriction
+
+    # as the scheduler reads it back from the database
+    timetable = DagSerialization.from_dict(DagSerialization.to_dict(dags["market_data"])).timetable
+    restriction = TimeRestriction(earliest=None, latest=None, catchup=False)
+    info = timetable.next_dagrun_info_v2(last_dagrun_info=None, restriction=restriction)
+    assert info is not None
+    assert info.partition_key is not None
+    run_after = info.run_after
+    assert (run_after - datetime.fromisoformat(info.partition_key).replace(tzinfo=UTC)).days == 1
+
+
+def test_the_schedules_can_be_switched_off_but_not_the_reapers(airflow_env: dict[str, str]) -> None:
+    script = """
+import sys
+sys.path.insert(0, sys.argv[1] + "/plugins")
+from airflow.dag_processing.dagbag import DagBag
+bag = DagBag(sys.argv[1] + "/dags")
+assert not bag.import_errors, bag.import_errors
+print({name: dag.timetable.can_be_scheduled for name, dag in sorted(bag.dags.items())})
+"""
+    env = {**airflow_env, "CRPBOT_ORCHESTRATION__SCHEDULES": "false"}
+    command = [sys.executable, "-c", script, str(REPOSITORY)]
+    answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    assert "'market_data': False" in answer.stdout
+    assert "'retrain': False" in answer.stdout
+    assert "'reap_gpu_instances': True" in answer.stdout
+
+
+def test_the_teardown_belongs_to_both_setups_and_the_first_never_touches_aws(dags: dict[str, Any]) -> None:
+    retrain = dags["retrain"]
+    terminate = retrain.get_task("terminate")
+    assert terminate.is_teardown
+    setups = {task.task_id for task in retrain.tasks if task.is_setup}
+    assert setups == {"reserve", "launch"}
+    assert setups <= set(terminate.upstream_task_ids)
+    # a failing teardown must not be hidden, and a green one must not hide a failure: the watcher decides
+    assert terminate.on_failure_fail_dagrun is False
+
+
+def test_the_watcher_sees_every_task_that_can_fail_but_no_setup_directly(dags: dict[str, Any]) -> None:
+    watcher = dags["retrain"].get_task("watch_for_failures")
+    assert watcher.trigger_rule == "one_failed"
+    assert {"train", "check_model", "sync_models", "terminate", "gate_features"} <= watcher.upstream_task_ids
+    assert not {"reserve", "launch"} & watcher.upstream_task_ids
+
+
+def test_models_are_published_only_by_sync_and_promotion_waits_for_it(dags: dict[str, Any]) -> None:
+    publishers = [task.task_id for task in dags["retrain"].tasks if task.outlets]
+    assert publishers == ["sync_models"]
+    assert "crpbot_models" in str(dags["promote"].timetable.asset_condition)
+
+
+# an audit hook sees every open(), connect() and name look-up of the process, also those inside libraries
+AUDIT = """
+import importlib.util, os, sys, sysconfig, tempfile
+repository = sys.argv[1]
+sys.path.insert(0, repository + "/plugins")
+# the libraries first: what they read while they load is theirs
+import airflow.sdk, airflow.providers.amazon.aws.operators.ec2, airflow.providers.amazon.aws.hooks.ec2, asgiref.sync, croniter
+allowed = tuple(os.path.realpath(p) for p in (repository, sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()))
+seen = []
+def hook(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "subprocess.Popen", "os.system"):
+        seen.append(f"{event} {args}")
+    elif event == "open" and isinstance(args[0], (str, bytes)):
+        path = os.path.realpath(os.fsdecode(args[0]))
+        if not path.startswith(allowed) and not path.startswith(("/proc/", "/dev/")):
+            seen.append(f"open {path}")
+        elif args[1] and any(flag in args[1] for flag in "wax+") and "__pycache__" not in path:
+            seen.append(f"write {path}")
+sys.addaudithook(hook)
+for name in sorted(os.listdir(repository + "/dags")):
+    if name.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(name[:-3], f"{repository}/dags/{name}")
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+sys.addaudithook(lambda *_: None)
+print("\\n".join(seen))
+probe = len(seen)
+open(tempfile.gettempdir() + "/../etc/hostname")
+import socket
+try:
+    socket.create_connection(("127.0.0.1", 9), timeout=0.2)
+except OSError:
+    pass
+print("HOOK SEES" if len(seen) >= probe + 2 else "HOOK IS BLIND", len(seen) - probe)
+"""
+
+
+def test_importing_the_dags_opens_no_connection_and_reads_nothing_outside_the_repository(airflow_env: dict[str, str]) -> None:
+    command = [sys.executable, "-c", AUDIT, str(REPOSITORY)]
+    answer = subprocess.run(command, env=airflow_env, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    *found, proof = answer.stdout.strip().splitlines()
+    assert proof.startswith("HOOK SEES")
+    assert [line for line in found if line] == []

@@ -1,0 +1,184 @@
+"""The workflow in a real scheduler with real workers and processes: once to the end, and failing on purpose."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+import pytest
+
+from crpbot_lib import registry
+from crpbot_lib.lake import keys
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
+
+DAYS = ["2025-05-26", "2025-05-27"]
+LIMIT = 600
+"""Seconds for one DAG run on a busy machine; nothing here asserts a time."""
+
+
+def states(deployment: Any, dag: str, run: str) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for task in deployment.airflow.tasks(dag, run):
+        found.setdefault(task["task_id"], set()).add(task["state"])
+    return found
+
+
+def digests(deployment: Any, prefix: str) -> dict[str, str]:
+    lake = deployment.lake
+    return {key: hashlib.sha256(lake.read(key)).hexdigest() for key in lake.keys(prefix)}
+
+
+@pytest.fixture(scope="module")
+def trained(deployment: Any) -> dict[str, Any]:
+    """Two days fetched, then one whole retraining, watched while it ran."""
+    airflow = deployment.airflow
+    runs = [airflow.trigger("market_data", partition_key=day) for day in DAYS]
+    data = [airflow.wait("market_data", run, LIMIT) for run in runs]
+
+    seen_alive: list[tuple[bool, int]] = []
+
+    def watch(tasks: list[dict[str, Any]]) -> None:
+        state = {t["task_id"]: t["state"] for t in tasks}
+        if state.get("train") == "deferred":
+            lines = airflow.task_log("retrain", run, "train").count("SMOKE")
+            seen_alive.append((bool(deployment.living()), lines))
+
+    run = airflow.trigger("retrain", conf={"start": DAYS[0], "end": "2025-05-28"})
+    state = airflow.wait("retrain", run, LIMIT, progress=watch)
+    name = airflow.xcom("retrain", run, "plan")["run"] if state == "success" else ""
+    return {"data": data, "run": run, "state": state, "name": name, "seen": seen_alive}
+
+
+def test_no_dag_has_an_import_error(deployment: Any) -> None:
+    assert deployment.airflow.import_errors() == []
+
+
+def test_the_days_are_fetched_and_a_second_run_writes_the_same_bytes(deployment: Any, trained: dict[str, Any]) -> None:
+    assert trained["data"] == ["success", "success"]
+    # a day of three symbols: four timeframes each, hourly and daily CoinGecko each
+    day = f"date={DAYS[0]}"
+    before = {key: digest for key, digest in digests(deployment, "raw/").items() if day in key and "quality" not in key}
+    assert len(before) == 3 * 4 + 3 * 2
+    again = deployment.airflow.trigger("market_data", partition_key=DAYS[0])
+    assert deployment.airflow.wait("market_data", again, LIMIT) == "success"
+    after = digests(deployment, "raw/")
+    assert {key: after[key] for key in before} == before
+
+
+def test_the_retraining_ends_green_with_its_instance_terminated(deployment: Any, trained: dict[str, Any]) -> None:
+    assert trained["state"] == "success"
+    (instance,) = [i for i in deployment.instances() if i["tags"].get("crpbot:run") == trained["name"]]
+    assert instance["state"] == "terminated"
+    assert instance["pids"] == []
+    assert [entry["state"] for entry in instance["history"]] == ["pending", "running", "shutting-down", "terminated"]
+    assert deployment.living() == []
+
+
+def test_the_jobs_lines_were_in_the_task_log_while_it_ran(trained: dict[str, Any]) -> None:
+    counts = [lines for alive, lines in trained["seen"] if alive]
+    assert max(counts) > 0
+    assert counts == sorted(counts)
+
+
+def test_the_three_counts_are_the_missions(deployment: Any, trained: dict[str, Any]) -> None:
+    log = deployment.airflow.task_log("retrain", trained["run"], "train")
+    for symbol, count in (("BTC-USD", 73), ("ETH-USD", 54), ("SOL-USD", 73)):
+        assert f"{symbol}: Numeric features selected: {count}" in log
+        metrics = deployment.lake.read_json(keys.run_symbol(trained["name"], symbol, "metrics.json"))
+        assert (metrics["file_features"], metrics["input_size"]) == (count, count)
+
+
+def test_the_models_lie_published_tagged_and_verified(deployment: Any, trained: dict[str, Any]) -> None:
+    (version,) = [v for v in registry.list_versions(deployment.settings, deployment.lake) if v["run"] == trained["name"]]
+    assert version["smoke"] is True
+    stored = [k for k in deployment.lake.keys(f"models/{version['version']}/") if k.endswith(".pt")]
+    assert len(stored) == 3
+    for key in stored:
+        tags = deployment.lake.tags(key)
+        assert tags["run"] == trained["name"]
+        assert {"trained_date", "gpu"} <= tags.keys()
+    registry.verify(deployment.settings, deployment.lake, version["version"])
+
+
+def test_the_cost_of_the_run_is_recorded(deployment: Any, trained: dict[str, Any]) -> None:
+    bill = deployment.lake.read_json(keys.training_run(trained["name"], "cost.json"))
+    (row,) = bill["instances"]
+    assert (row["state"], row["market"], row["type"], row["usd_per_hour"]) == ("terminated", "spot", "g4dn.xlarge", 0.16)
+    assert 0 < bill["usd"] < bill["on_demand_usd"]
+
+
+def test_publication_starts_the_promotion_and_telegram_hears_of_it(deployment: Any, trained: dict[str, Any]) -> None:
+    airflow = deployment.airflow
+    until = time.monotonic() + 120
+    while not airflow.runs("promote"):
+        assert time.monotonic() < until, "the publication of the models triggered no promote run"
+        time.sleep(1)
+    run = airflow.runs("promote")[0]["dag_run_id"]
+    assert airflow.wait("promote", run, LIMIT) == "success"
+    log = airflow.task_log("promote", run, "dry_run")
+    assert "SMOKE BTC-USD: " in log
+    assert "(LSTM: 0." in log
+    assert len(registry.champions(deployment.settings, deployment.lake)) == 3
+    assert any("SMOKE" in message for message in deployment.telegram())
+
+
+def test_a_training_that_fails_on_purpose_fails_the_run_and_leaves_no_instance(deployment: Any, trained: dict[str, Any]) -> None:
+    """The local cloud has no GPU, and a job that is no smoke run refuses to train without one."""
+    airflow = deployment.airflow
+    run = airflow.trigger("retrain", conf={"start": DAYS[0], "end": "2025-05-28", "symbols": ["ETH-USD"], "smoke": False})
+    assert airflow.wait("retrain", run, LIMIT) == "failed"
+
+    found = states(deployment, "retrain", run)
+    assert found["train"] == {"failed"}
+    assert found["terminate"] == {"success"}
+    assert found["sync_models"] == {"upstream_failed"}
+    log = airflow.task_log("retrain", run, "train")
+    assert "models are never trained locally or on a CPU" in log
+    # it would fail the same way again, so it is not tried again
+    (train,) = [t for t in airflow.tasks("retrain", run) if t["task_id"] == "train"]
+    assert train["try_number"] == 1
+    assert deployment.living() == []
+
+
+def test_a_launch_that_fails_on_purpose_fails_the_run_and_leaves_no_instance(deployment: Any, trained: dict[str, Any]) -> None:
+    airflow = deployment.airflow
+    before = len(deployment.instances())
+    deployment.control("capacity", {"unavailable": ["g5.xlarge", "g4dn.xlarge"]})
+    try:
+        run = airflow.trigger("retrain", conf={"start": DAYS[0], "end": "2025-05-28", "symbols": ["ETH-USD"]})
+        assert airflow.wait("retrain", run, LIMIT) == "failed"
+    finally:
+        deployment.control("capacity", {"unavailable": []})
+
+    found = states(deployment, "retrain", run)
+    assert found["launch"] == {"failed"}
+    assert found["train"] == {"upstream_failed"}
+    # the teardown belongs to the reservation as well, so it ran though nothing was launched
+    assert found["terminate"] == {"success"}
+    (launch,) = [t for t in airflow.tasks("retrain", run) if t["task_id"] == "launch"]
+    log = airflow.task_log("retrain", run, "launch", launch["try_number"])
+    assert "g4dn.xlarge (spot), g5.xlarge (spot) were refused" in log
+    assert "CRPBOT_GPU__ALLOW_ON_DEMAND" in log
+    assert len(deployment.instances()) == before
+    assert deployment.living() == []
+
+
+def test_clearing_the_running_work_leaves_one_instance_and_then_none(deployment: Any, trained: dict[str, Any]) -> None:
+    """What leaks with the stock operators: the setup is cleared too, and would launch a second instance."""
+    airflow = deployment.airflow
+    run = airflow.trigger("retrain", conf={"start": DAYS[0], "end": "2025-05-28", "symbols": ["ETH-USD"]})
+    until = time.monotonic() + LIMIT
+    while not deployment.living():
+        assert time.monotonic() < until, "no instance was launched"
+        time.sleep(0.5)
+    while states(deployment, "retrain", run).get("train") != {"deferred"}:
+        assert time.monotonic() < until, "train was never deferred"
+        time.sleep(0.2)
+    airflow.clear("retrain", run, "train")
+    assert airflow.wait("retrain", run, LIMIT) == "success"
+    name = airflow.xcom("retrain", run, "plan")["run"]
+    mine = [i for i in deployment.instances() if i["tags"].get("crpbot:run") == name]
+    assert all(i["state"] == "terminated" for i in mine)
+    assert deployment.living() == []
