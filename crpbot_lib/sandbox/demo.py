@@ -7,6 +7,7 @@ its models says so. Ends every process that it started, also on Ctrl-C and on fa
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -106,6 +107,10 @@ class Demo:
 
     def run(self) -> int:
         """Runs it all; 0 only if every step succeeded and no instance is alive."""
+        with self._alone():
+            return self._run()
+
+    def _run(self) -> int:
         self._clean_up_earlier()
         days = self._days()
         arguments = ["--synthetic"] if self.source in ("synthetic", "live") else []
@@ -221,6 +226,17 @@ class Demo:
         if self.source == "live":
             return datetime.now(UTC).replace(second=0, microsecond=0) - timedelta(minutes=15)
         return datetime.combine(days[-1] + timedelta(days=1), datetime.min.time(), UTC) + timedelta(hours=12)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One demonstration at a time in one directory: beginning anew ends what an earlier one left there."""
+        self.state.parent.mkdir(parents=True, exist_ok=True)
+        with self.state.with_name(f"{self.state.name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DemoError(f"another demonstration is running in {self.state}; end it, or take another --state") from None
+            yield
 
     def _clean_up_earlier(self) -> None:
         """Ends what a demonstration that was itself killed left behind, found by its marker, and begins in a clean directory."""

@@ -28,7 +28,13 @@ from crpbot_lib.sandbox import processes
 log = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMPONENTS = ("scheduler", "dag-processor", "triggerer", "api-server")
+COMPONENTS: dict[str, tuple[str, ...]] = {
+    # logs are read from this machine's files: no log servers, whose ports are fixed and open to all interfaces
+    "scheduler": ("--skip-serve-logs",),
+    "dag-processor": (),
+    "triggerer": ("--skip-serve-logs",),
+    "api-server": (),
+}
 USER = "admin"
 ENDED = ("success", "failed")
 
@@ -75,7 +81,8 @@ class LocalAirflow:
             "AIRFLOW__API__WORKERS": "1",
             "AIRFLOW__API__SECRET_KEY": secrets.token_hex(16),
             "AIRFLOW__API_AUTH__JWT_SECRET": secrets.token_hex(32),
-            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home / 'airflow.db'}",
+            # the default of 5 s is not enough for the API while the scheduler expands many tasks on a busy machine
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home / 'airflow.db'}?timeout=60",
             "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "30",
             "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "2",
             "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.5",
@@ -91,6 +98,12 @@ class LocalAirflow:
 
     def start(self, timeout: float = 120) -> None:
         """Migrates the database, starts the components and waits until all are healthy; AirflowError after ``timeout`` s."""
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self.port))
+            except OSError as error:
+                raise AirflowError(f"port {self.port} of 127.0.0.1 is in use; choose another with --port") from error
         self.home.mkdir(parents=True, exist_ok=True)
         passwords = self.home / "passwords.json"
         passwords.touch(mode=0o600)
@@ -108,7 +121,7 @@ class LocalAirflow:
         """Starts one component; its output goes to ``<home>/<name>.log``."""
         with (self.home / f"{name}.log").open("ab") as out:
             self._children[name] = processes.spawn(
-                [_airflow(), name], env=self.env, stdout=out, stderr=out, cwd=self.home, marker=self.marker
+                [_airflow(), name, *COMPONENTS[name]], env=self.env, stdout=out, stderr=out, cwd=self.home, marker=self.marker
             )
 
     def stop(self) -> None:

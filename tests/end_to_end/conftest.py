@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +30,7 @@ class Deployment:
         """Every instance that was ever launched, as the local cloud itself knows it: with its processes."""
         answer = requests.get(f"{self.cloud['control_url']}/_sandbox/instances", timeout=10)
         answer.raise_for_status()
-        return list(answer.json()["instances"])
+        return list(answer.json())
 
     def living(self) -> list[str]:
         return [i["id"] for i in self.instances() if i["state"] != "terminated" or i["pids"]]
@@ -42,7 +40,7 @@ class Deployment:
 
     def telegram(self) -> list[str]:
         answer = requests.get(f"{self.cloud['control_url']}/_sandbox/telegram", timeout=10).json()
-        return [json.dumps(message) for message in answer["messages"]]
+        return [message["text"] for message in answer]
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +62,3 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
             os.environ.update(before)
     # the promise of this fixture, checked for every run of the suite
     assert processes.processes_with_marker(processes.MARKER, marker) == []
-
-
-@pytest.fixture(scope="session")
-def logs_dir(deployment: Deployment) -> Path:
-    return deployment.airflow.home / "logs"
