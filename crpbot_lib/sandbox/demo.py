@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import shutil
 import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -31,8 +30,6 @@ from crpbot_lib.gpu import clients, instances
 from crpbot_lib.lake import KeyMissingError, Lake, keys
 from crpbot_lib.sandbox import processes
 from crpbot_lib.sandbox.local_airflow import AirflowError, LocalAirflow, end_marked
-
-log = logging.getLogger(__name__)
 
 FIRST_DAY = date(2025, 5, 26)
 """Inside the real data set's window, with its own 5m candles and enough history before it."""
@@ -149,8 +146,12 @@ class Demo:
                 self._follow(airflow, "market_data", dag_run, day)
             conf = {"start": days[0].isoformat(), "end": (days[-1] + timedelta(days=1)).isoformat()}
             dag_run = airflow.trigger("retrain", conf=conf)
-            self._follow(airflow, "retrain", dag_run, f"{conf['start']} to {days[-1]}", watch="train")
-            run = airflow.xcom("retrain", dag_run, "plan")["run"]
+            try:
+                self._follow(airflow, "retrain", dag_run, f"{conf['start']} to {days[-1]}", watch="train")
+            finally:
+                # of a failed run there is something to show, too
+                with contextlib.suppress(AirflowError):
+                    run = airflow.xcom("retrain", dag_run, "plan")["run"]
             promotion = self._promotion(airflow)
             self._follow(airflow, "promote", promotion, "of the new models", watch="dry_run")
         except DemoError as error:
@@ -249,10 +250,22 @@ class Demo:
 
     def _summary(self, current: Settings, run: str, days: list[date]) -> None:
         lake = Lake(current.lake)
+        parts: tuple[tuple[str, Callable[[], None]], ...] = (
+            ("data and features", lambda: self._data_table(lake, run, days)),
+            ("training", lambda: self._training_table(lake, run)),
+            ("instances", lambda: self._instance_table(lake, run, current)),
+            ("models", lambda: self._promotion_lines(lake, current)),
+        )
+        for what, show in parts:
+            try:
+                show()
+            except KeyMissingError as error:
+                self.console.out(f"{what}: the run did not get that far ({error})", highlight=False)
+
+    def _data_table(self, lake: Lake, run: str, days: list[date]) -> None:
         job = lake.read_json(keys.training_run(run, "job.json"))
         manifest = lake.read_json(keys.features_manifest(job["feature_version"]))
         reports = [lake.read_json(keys.quality(day)) for day in days]
-
         table = Table("symbol", "candles 1m", "missing", "gaps", "feature rows", "features", title="Data and features")
         for symbol, built in manifest["symbols"].items():
             parts = [r["symbols"][symbol] for r in reports]
@@ -264,11 +277,9 @@ class Demo:
                 str(built["features"]),
             )
         self.console.print(table)
-        self._training_table(lake, run, job)
-        self._instance_table(lake, run, current)
-        self._promotion_lines(lake, current, run)
 
-    def _training_table(self, lake: Lake, run: str, job: dict[str, Any]) -> None:
+    def _training_table(self, lake: Lake, run: str) -> None:
+        job = lake.read_json(keys.training_run(run, "job.json"))
         mark = "SMOKE " if job["smoke"] else ""
         table = Table(
             "model",
@@ -322,7 +333,7 @@ class Demo:
             )
         self.console.print(table)
 
-    def _promotion_lines(self, lake: Lake, current: Settings, run: str) -> None:
+    def _promotion_lines(self, lake: Lake, current: Settings) -> None:
         prefix = current.training.prefix
         stored = [k for k in lake.keys(f"{prefix}/") if k.endswith(".pt")]
         copies = self.state / "models"
@@ -332,16 +343,16 @@ class Demo:
             path.write_bytes(lake.read(key))
         for key in stored:
             self.console.out(f"model: {lake.url(key)}", highlight=False)
-        self.console.out(f"copies: {copies}", highlight=False)
+        if stored:
+            self.console.out(f"copies: {copies}", highlight=False)
         try:
             pointer = lake.read_json(keys.promoted(prefix))
         except KeyMissingError:
-            self.console.print("promoted: nothing")
+            self.console.print("promoted: nothing; the promote run's failed task says why")
             return
         for symbol, version in pointer["symbols"].items():
             smoke = "SMOKE " if lake.read_json(keys.model(prefix, version, "manifest.json"))["smoke"] else ""
             self.console.out(f"promoted: {symbol} → {smoke}{version}", highlight=False)
-        log.info("summary of %s shown", run)
 
 
 def _is_job_line(line: str) -> bool:
