@@ -76,7 +76,8 @@ class GpuSettings(_Model):
     """How long a launched instance may stay invisible to DescribeInstances; absence is believed only after it."""
     poll_seconds: float = Field(default=5, gt=0)
     aws_conn_id: str | None = None
-    """Airflow connection of the EC2, S3 and logs calls. None: the AWS SDK's own chain (AWS_* variables, instance role)."""
+    """Airflow connection of the EC2 and logs calls. None: the AWS SDK's own chain (AWS_* variables, instance role), which the lake
+    uses always."""
 
 
 class TrainingSettings(_Model):
@@ -162,6 +163,8 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         path = os.environ.get("CRPBOT_CONFIG")
+        if path and not os.path.isfile(path):
+            raise ValueError(f"CRPBOT_CONFIG={path!r} is no file: correct the path, or unset it to use the environment alone")
         sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
         return (*sources, TomlConfigSettingsSource(settings_cls, path)) if path else sources
 

@@ -3,51 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, date, datetime
+from datetime import date
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from crpbot_lib.cli.common import AsJson, clear_errors, day, open_lake, show_table
 from crpbot_lib.config import settings
 from crpbot_lib.features import catalog, dictionary
 from crpbot_lib.features.runtime import check_flags
-from crpbot_lib.lake import Lake, LakeError
 from crpbot_lib.steps import features as steps
 
 app = typer.Typer(no_args_is_help=True, help="Features: build, verify, explain.")
 
 
-def _day(value: str) -> date:
-    try:
-        return datetime.strptime(value, "%Y-%m-%d").replace(tzinfo=UTC).date()
-    except ValueError:
-        raise typer.BadParameter(f"{value!r} is not a day; write it as 2025-05-05") from None
-
-
-_Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
-
-
 @app.command()
 def build(
-    start: Annotated[date, typer.Option(parser=_day, metavar="YYYY-MM-DD", help="first UTC day")],
-    end: Annotated[date, typer.Option(parser=_day, metavar="YYYY-MM-DD", help="UTC day after the last one")],
+    start: Annotated[date, typer.Option(parser=day, metavar="YYYY-MM-DD", help="first UTC day")],
+    end: Annotated[date, typer.Option(parser=day, metavar="YYYY-MM-DD", help="UTC day after the last one")],
     symbols: Annotated[str, typer.Option(help="symbols, separated by commas; without it all that are configured")] = "",
     use_coingecko_premium: Annotated[
         bool | None, typer.Option(help="must agree with the symbols' catalogs; changes nothing")
     ] = None,
     include_multi_tf: Annotated[bool | None, typer.Option(help="must agree with the symbols' catalogs; changes nothing")] = None,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Plan, build and gate one version of the features of the UTC days [start, end)."""
-    with _clear_errors():
-        config = settings()
+    with clear_errors():
+        config, lake = open_lake()
         names = [s.strip() for s in symbols.split(",") if s.strip()] or [s.name for s in config.symbols]
         _check_mission_flags(names, include_multi_tf, use_coingecko_premium)
-        lake = Lake(config.lake)
         plan = steps.plan_features(config, lake, names, start, end)
         built = [steps.build_features(config, lake, plan, name) for name in names]
         steps.gate_features(config, lake, plan)
@@ -57,19 +43,19 @@ def build(
     table = Table("symbol", "features", "rows", "dropped", "filled", "outages", "seconds", title=f"features {plan['version']}")
     for row in built:
         table.add_row(*(str(row[k]) for k in ("symbol", "features", "rows", "dropped", "filled", "outages", "seconds")))
-    Console().print(table)
+    show_table(table)
     typer.echo(f"gate passed; manifest and files are under features/version={plan['version']}/ of {lake.root}")
 
 
 @app.command()
 def verify(
     version: Annotated[str, typer.Option(help="a version that has passed the gate; without it the latest")] = "",
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check a version's files against the catalog and against their manifest."""
-    with _clear_errors():
-        config = settings()
-        manifest = steps.verify_features(config, Lake(config.lake), version or None)
+    with clear_errors():
+        config, lake = open_lake()
+        manifest = steps.verify_features(config, lake, version or None)
     if as_json:
         typer.echo(json.dumps(manifest))
         return
@@ -78,9 +64,9 @@ def verify(
 
 
 @app.command()
-def explain(name: Annotated[str, typer.Argument(help="a feature, e.g. bb_position")], as_json: _Json = False) -> None:
+def explain(name: Annotated[str, typer.Argument(help="a feature, e.g. bb_position")], as_json: AsJson = False) -> None:
     """Say what a feature is, where it comes from and which symbols have it."""
-    with _clear_errors():
+    with clear_errors():
         feature = catalog.find(name)
         series, unit = dictionary.SERIES[feature.group]
         symbols = [s.name for s in settings().symbols if feature.group in s.feature_groups]
@@ -118,13 +104,3 @@ def _check_mission_flags(names: list[str], include_multi_tf: bool | None, use_co
         multi = None if include_multi_tf and has["multi"] else include_multi_tf
         premium = None if use_coingecko_premium and has["coingecko"] else use_coingecko_premium
         check_flags(entry, multi, premium)
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """An expected failure is a message on stderr and exit status 1, not a traceback."""
-    try:
-        yield
-    except (LakeError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None

@@ -7,36 +7,25 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from botocore.exceptions import BotoCoreError, ClientError
-from rich.console import Console
 from rich.table import Table
 
+from crpbot_lib.cli.common import AsJson, clear_errors, open_lake, show_table
 from crpbot_lib.config import settings
-from crpbot_lib.gpu import clients, instances, reap, terminate
-from crpbot_lib.gpu.instances import GpuError
-from crpbot_lib.lake import Lake, LakeError
+from crpbot_lib.gpu import clients, cost, instances, reap, terminate
 
 app = typer.Typer(no_args_is_help=True, help="GPU instances: list, reap, cost.")
-_Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
-
-
-def _fail(error: Exception) -> typer.Exit:
-    typer.echo(f"error: {error}", err=True)
-    return typer.Exit(1)
 
 
 @app.command("list")
 def list_(
     everything: Annotated[bool, typer.Option("--all", help="ended ones too, as long as EC2 remembers them")] = False,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Instances of this project. Exits 0 whether there are any or not; an AWS error is an error."""
-    gpu = settings().gpu
     states = (*instances.ALIVE, *instances.ENDING) if everything else instances.ALIVE
-    try:
+    with clear_errors():
+        gpu = settings().gpu
         found = instances.find(clients.ec2(gpu.region), gpu.project_tag, states=states)
-    except (ClientError, BotoCoreError) as error:
-        raise _fail(error) from error
     if as_json:
         rows = [
             {
@@ -61,22 +50,26 @@ def list_(
     for i in found:
         age = f"{((i.ended_at or at) - i.launched_at).total_seconds() / 60:.1f} min"
         table.add_row(i.id, i.type, i.market, i.state, age, i.deadline.isoformat() if i.deadline else "none", i.run)
-    Console().print(table)
+    show_table(table)
 
 
 @app.command("reap")
 def reap_(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, do nothing")] = False,
     run: Annotated[str, typer.Option("--run", help="end every instance of this run now, and wait for it")] = "",
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Ends instances past their deadline (all that can be known without Airflow), or all of one run with --run. For cron."""
-    gpu = settings().gpu
-    ec2 = clients.ec2(gpu.region)
-    try:
+    with clear_errors():
+        gpu = settings().gpu
+        ec2 = clients.ec2(gpu.region)
         if run and not dry_run:
+            living = {i.id for i in instances.find(ec2, gpu.project_tag, run, instances.ALIVE)}
             ended = terminate.terminate_run(ec2, gpu, run)
-            rows = [{"id": i.id, "action": "terminate", "why": f"--run {run}", "state": i.state} for i in ended]
+            rows = [
+                {"id": i.id, "action": "terminated" if i.id in living else "had ended", "why": f"--run {run}", "state": i.state}
+                for i in ended
+            ]
         else:
             verdicts = reap.reap(ec2, gpu, lambda _: None, dry_run=dry_run)
             rows = [
@@ -84,8 +77,6 @@ def reap_(
                 for v in verdicts
                 if not run or v.instance.run == run
             ]
-    except (ClientError, BotoCoreError, GpuError) as error:
-        raise _fail(error) from error
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -98,17 +89,12 @@ def reap_(
 @app.command("cost")
 def cost_(
     run: Annotated[str, typer.Argument(help="name of the training run; without it every run that has a report")] = "",
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """The recorded cost of one training run, or of all."""
-    try:
-        lake = Lake(settings().lake)
-        found = [k for k in lake.keys(f"training-runs/{run}") if k.endswith("/cost.json")]
-        bills = [lake.read_json(key) for key in found]
-    except (ClientError, BotoCoreError, LakeError) as error:
-        raise _fail(error) from error
-    if run and not bills:
-        raise _fail(GpuError(f"no cost report of run {run!r} in {lake.root}: `crpbot gpu cost` lists the runs that have one"))
+    with clear_errors():
+        _, lake = open_lake()
+        bills = cost.reports(lake, run or None)
     if as_json:
         typer.echo(json.dumps(bills, indent=1))
         return
@@ -124,5 +110,5 @@ def cost_(
                 *(f"{row[k]:.4f}" if row[k] is not None else "unknown" for k in ("usd_per_hour", "usd", "on_demand_usd")),
                 row["state"],
             )
-    Console().print(table)
+    show_table(table)
     typer.echo(f"total ${sum(b['usd'] for b in bills):.4f}, on demand ${sum(b['on_demand_usd'] for b in bills):.4f}")

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from botocore.exceptions import BotoCoreError, ClientError
-from rich.console import Console
 from rich.table import Table
 
 from crpbot_lib import registry
-from crpbot_lib.config import Settings, settings
-from crpbot_lib.lake import Lake, LakeError
-from crpbot_lib.market_data import MarketDataError
-from crpbot_lib.runtime import RuntimeRefusedError, run
+from crpbot_lib.cli.common import AsJson, clear_errors, open_lake, show_table
+from crpbot_lib.cli.runtime import At, as_of
+from crpbot_lib.runtime import run
 from crpbot_lib.training import marked
 
-app = typer.Typer(no_args_is_help=True, help="Model versions: list, show, verify, promote, rollback, diff.")
+app = typer.Typer(no_args_is_help=True, help="Model versions: list, show, verify, download, promote, rollback, diff.")
 Version = Annotated[str, typer.Argument(help="A version of `crpbot models list`.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 
 
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
     """Published versions, oldest first, and what each symbol's champion is."""
     with clear_errors():
-        config, lake = _open()
+        config, lake = open_lake()
         versions = registry.list_versions(config, lake)
         champions = registry.champions(config, lake)
         for version in versions:
@@ -52,14 +47,14 @@ def list_(as_json: AsJson = False) -> None:
                     f"{own['accuracy']:.3f} ± {own['accuracy_se']:.3f}",
                     "yes" if symbol in version["promoted"] else "",
                 )
-        Console().print(table)
+        show_table(table)
 
 
 @app.command("show")
 def show(version: Version, as_json: AsJson = False) -> None:
     """One version's manifest."""
     with clear_errors():
-        manifest = registry.show(*_open(), version)
+        manifest = registry.show(*open_lake(), version)
         if as_json:
             typer.echo(json.dumps(manifest))
             return
@@ -81,7 +76,7 @@ def show(version: Version, as_json: AsJson = False) -> None:
 def verify(version: Version, as_json: AsJson = False) -> None:
     """Read every model back: checksums, names, order, catalog hash and the three counts. Exits 1 with the differences."""
     with clear_errors():
-        report = registry.verify(*_open(), version)
+        report = registry.verify(*open_lake(), version)
         if as_json:
             typer.echo(json.dumps(report))
             return
@@ -90,11 +85,26 @@ def verify(version: Version, as_json: AsJson = False) -> None:
             typer.echo(marked(f"{symbol}: {counts}; sha256 and catalog {own['catalog']} agree", report["smoke"]))
 
 
+@app.command("download")
+def download(
+    version: Version,
+    to: Annotated[Path, typer.Option(help="Folder for the checkpoints and the manifest; made where it is missing.")],
+    as_json: AsJson = False,
+) -> None:
+    """The version's checkpoints and manifest as files, their checksums verified."""
+    with clear_errors():
+        paths = [str(path) for path in registry.download(*open_lake(), version, to)]
+    typer.echo(json.dumps(paths) if as_json else "\n".join(paths))
+
+
 @app.command("promote")
-def promote(version: Version, as_json: AsJson = False) -> None:
+def promote(version: Version, at: At = None, as_json: AsJson = False) -> None:
     """Dry-run the version, then let the runtime follow it. Exits 1 with every reason when it may not."""
     with clear_errors():
-        config, lake = _open()
+        config, lake = open_lake()
+        config = as_of(config, at)
+        # a dry run takes minutes: what is refused whatever it shows is refused before it
+        registry.check_promotable(config, lake, version)
         evidence = run(config, lake, "dryrun", config.promotion.dry_run_iterations, version, emit=lambda s: typer.echo(s, err=True))
         _show(registry.promote(config, lake, version, evidence), as_json)
 
@@ -103,14 +113,14 @@ def promote(version: Version, as_json: AsJson = False) -> None:
 def rollback(as_json: AsJson = False) -> None:
     """Back to what was promoted before; again: one further back."""
     with clear_errors():
-        _show(registry.rollback(*_open()), as_json)
+        _show(registry.rollback(*open_lake()), as_json)
 
 
 @app.command("diff")
 def diff(old: Version, new: Version, as_json: AsJson = False) -> None:
     """What differs between two versions: features, training parameters, metrics."""
     with clear_errors():
-        found = registry.diff(*_open(), old, new)
+        found = registry.diff(*open_lake(), old, new)
         if as_json:
             typer.echo(json.dumps(found))
             return
@@ -125,32 +135,8 @@ def diff(old: Version, new: Version, as_json: AsJson = False) -> None:
                 table.add_row(f"{symbol} {name}", f"{a:.6g}", f"{b:.6g}")
             if own["features_removed"] or own["features_added"]:
                 table.add_row(f"{symbol} features", *(", ".join(own[k]) for k in ("features_removed", "features_added")))
-        Console().print(table)
-
-
-def _open() -> tuple[Settings, Lake]:
-    config = settings()
-    return config, Lake(config.lake)
+        show_table(table)
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
     typer.echo(json.dumps(result) if as_json else result["message"])
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """An expected failure is one line on stderr and exit status 1, not a traceback."""
-    try:
-        yield
-    except (
-        registry.RegistryError,
-        RuntimeRefusedError,
-        MarketDataError,
-        LakeError,
-        ClientError,
-        BotoCoreError,
-        # FeatureError is one; so are an unknown symbol and a setting that is not valid
-        ValueError,
-    ) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-from crpbot_lib.cli.models import clear_errors
-from crpbot_lib.config import settings
-from crpbot_lib.lake import Lake
+from crpbot_lib.cli.common import AsJson, clear_errors, open_lake
+from crpbot_lib.config import Settings
 from crpbot_lib.runtime import run
+
+At = Annotated[str | None, typer.Option(help="Replay from this UTC time without waiting, e.g. 2025-05-29T00:00:00Z (dryrun only).")]
+
+
+def as_of(config: Settings, at: str | None) -> Settings:
+    """``config`` deciding as of the time ``at``; ValueError says how to write it."""
+    if at is None:
+        return config
+    try:
+        time = datetime.fromisoformat(at)
+    except ValueError:
+        time = None
+    if time is None or time.tzinfo is None:
+        raise ValueError(f"--at {at} is no time with a timezone; write it as 2025-05-29T00:00:00Z")
+    return config.model_copy(update={"runtime": config.runtime.model_copy(update={"as_of": time.astimezone(UTC)})})
 
 
 class RunMode(StrEnum):
@@ -24,21 +38,16 @@ def runtime(
     mode: Annotated[RunMode, typer.Option(help="dryrun decides and tells; live also sends to Telegram, champions only.")],
     iterations: Annotated[int, typer.Option(min=1, help="Rounds of one decision per symbol, one a minute.")] = 5,
     model: Annotated[str | None, typer.Option(help="Dry-run this version instead of the champions.")] = None,
-    at: Annotated[
-        str | None, typer.Option(help="Replay from this UTC time without waiting, e.g. 2025-05-29T00:00:00Z (dryrun only).")
-    ] = None,
+    at: At = None,
     symbols: Annotated[str | None, typer.Option(help="Comma-separated; default: all that the models cover.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record of the run as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Decide once a minute per symbol. Exits 1 when predictions are stuck, 0 otherwise."""
     with clear_errors():
-        config = settings()
-        if at is not None:
-            as_of = type(config.runtime)(as_of=datetime.fromisoformat(at)).as_of
-            config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"as_of": as_of})})
+        config, lake = open_lake()
         result = run(
-            config,
-            Lake(config.lake),
+            as_of(config, at),
+            lake,
             mode.value,
             iterations,
             model,

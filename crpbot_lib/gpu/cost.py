@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from crpbot_lib.config import GpuSettings
 from crpbot_lib.gpu import instances
-from crpbot_lib.gpu.instances import UTC_NOW, Instance
+from crpbot_lib.gpu.instances import UTC_NOW, GpuError, Instance
 from crpbot_lib.gpu.launch import LaunchRecord, records
-from crpbot_lib.lake import Lake, keys
+from crpbot_lib.lake import KeyMissingError, Lake, keys
 
 if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client
@@ -64,3 +64,13 @@ def report(ec2: EC2Client, lake: Lake, gpu: GpuSettings, run: str, *, now: Calla
     }
     lake.write_json(keys.training_run(run, "cost.json"), total)
     return total
+
+
+def reports(lake: Lake, run: str | None = None) -> list[dict[str, Any]]:
+    """The kept reports of one run, or of all. GpuError when ``run`` has none."""
+    if run is None:
+        return [lake.read_json(key) for key in lake.keys(keys.TRAINING_RUNS) if key.endswith("/cost.json")]
+    try:
+        return [lake.read_json(keys.training_run(run, "cost.json"))]
+    except KeyMissingError:
+        raise GpuError(f"no cost report of run {run!r} in {lake.root}: `crpbot gpu cost` lists the runs that have one") from None

@@ -42,9 +42,12 @@ def features_manifest(version: str) -> str:
 FEATURES_LATEST = "features/latest.json"
 
 
+TRAINING_RUNS = "training-runs/"
+
+
 def training_run(run: str, name: str = "") -> str:
     """A file of one training run: ``job.json``, ``status.json``, ``cost.json``, …; without a name the run's prefix."""
-    return f"training-runs/{run}/{name}"
+    return f"{TRAINING_RUNS}{run}/{name}"
 
 
 def launch(run: str, generation: int) -> str:

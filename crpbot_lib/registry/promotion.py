@@ -65,6 +65,12 @@ def promote(
     }
 
 
+def check_promotable(settings: Settings, lake: Lake, version: str) -> None:
+    """PromotionRefusedError for what no dry run could change: a smoke model without ``promotion.allow_smoke``."""
+    if reasons := _smoke_reasons(settings, show(settings, lake, version)):
+        raise PromotionRefusedError(f"version {version} is not promoted: {'; '.join(reasons)}")
+
+
 def rollback(settings: Settings, lake: Lake, now: Callable[[], datetime] = _utc_now) -> dict[str, Any]:
     """Back to the state before the present one; again: one further back.
 

@@ -1,0 +1,77 @@
+"""What all commands share: options, one-line errors, tables whose ids can be copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, date, datetime
+from typing import Annotated
+
+import typer
+from botocore.exceptions import BotoCoreError, ClientError
+from pydantic import ValidationError
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from crpbot_lib.config import Settings, settings
+from crpbot_lib.gpu.instances import GpuError
+from crpbot_lib.lake import Lake, LakeError
+from crpbot_lib.market_data import MarketDataError
+from crpbot_lib.registry import RegistryError
+from crpbot_lib.runtime import RuntimeRefusedError
+from crpbot_lib.training import TrainingError
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+
+EXPECTED = (
+    RegistryError,
+    RuntimeRefusedError,
+    MarketDataError,
+    TrainingError,
+    GpuError,
+    LakeError,
+    ClientError,
+    BotoCoreError,
+    OSError,
+    # FeatureError is one; so are an unknown symbol and a value that is not valid
+    ValueError,
+)
+
+
+def day(value: str) -> date:
+    """A UTC day of the command line, written as 2025-05-05."""
+    try:
+        return datetime.strptime(value, "%Y-%m-%d").replace(tzinfo=UTC).date()
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is not a day; write it as 2025-05-05") from None
+
+
+def open_lake() -> tuple[Settings, Lake]:
+    """The settings of this process and the lake that they name."""
+    config = settings()
+    return config, Lake(config.lake)
+
+
+def show_table(table: Table) -> None:
+    """Prints ``table`` as wide as it is: a terminal may wrap it, but no id is cut."""
+    console = Console()
+    width = Measurement.get(console, console.options, table).maximum
+    Console(width=max(width, console.width)).print(table)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """An expected failure is a message on stderr and exit status 1, not a traceback."""
+    try:
+        yield
+    except EXPECTED as error:
+        typer.echo(f"error: {_text(error)}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _text(error: Exception) -> str:
+    """Pydantic's errors as one line each: the setting, what it was, what is wrong."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}={e.get('input')!r}: {e['msg']}" for e in error.errors())
