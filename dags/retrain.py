@@ -4,12 +4,13 @@ Retrains one LSTM per symbol on a spot GPU instance, publishes the models, and *
 
 `plan` → `ensure_coverage` (fetches what is missing) → `plan_features` → `build_features` → `gate_features` (73 / 54 / 73) →
 `reserve` → `launch` → `train` (the job's log lines appear here while it runs) → `check_model` → `sync_models` →
-`terminate` → `cost_report`.
+`terminate` → `cost_report` → `verdict`.
 
 * `terminate` is a teardown that finds the run's instances **by tag** and waits until EC2 says `terminated`. It runs after
   success, failure, a mark or a clear. `reap_gpu_instances`, the job's own power-off and the deadline that is scheduled at boot
   stand behind it.
-* The run is green only if training, sync **and** termination succeeded: `watch_for_failures` fails the run otherwise.
+* The run is green only if training, sync **and** termination succeeded: `verdict` fails it otherwise, also one that
+  was marked as failed by hand.
 * `train` retries on a new instance when an instance was interrupted or lost. What would fail the same way again is not retried.
 
 **Parameters.** `start`, `end`: UTC days, `[start, end)`; empty means the days before the run's own day, as many as the setting
@@ -136,16 +137,21 @@ def retrain() -> None:
         outlet_events[MODELS_ASSET].extra = {"version": published["version"]}
         return published
 
-    @task(trigger_rule="all_done")
+    @task
     def cost_report(run: str) -> dict[str, Any]:
         from crpbot_airflow.operators import cost_of_run
 
         return cost_of_run(run)
 
-    @task(trigger_rule="one_failed", retries=0)
-    def watch_for_failures() -> None:
-        """Without it a green teardown would make a failed run green: the leaves alone decide a run's state."""
-        raise AirflowFailException("a task of this run failed; the first failed task's log says why")
+    @task(retries=0)
+    def verdict(ti: Any) -> None:
+        """Decides the run's state: without it a green teardown would make a failed run green, and a run that somebody marks as
+        failed would turn green as well. A teardown itself, because Airflow skips everything else of such a run."""
+        states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id])[ti.run_id]
+        bad = {name: str(state) for name, state in states.items() if state != "success" and name != ti.task_id}
+        if bad:
+            shown = ", ".join(f"{name} is {state}" for name, state in sorted(bad.items()))
+            raise AirflowFailException(f"not everything of this run succeeded: {shown}. The first failed task's log says why")
 
     run_plan = plan()
     symbols = symbols_of(run_plan)
@@ -161,9 +167,12 @@ def retrain() -> None:
     synced = sync_models(run)
     terminate = TerminateRunInstances(task_id="terminate", run=run, retries=5).as_teardown(setups=[reserved, launch])
 
-    covered >> feature_plan >> built >> gate >> reserved >> launch >> train >> checked >> synced >> terminate
-    terminate >> cost_report(run)
-    [run_plan, covered, feature_plan, built, gate, train, checked, synced, terminate] >> watch_for_failures()
+    cost = cost_report(run).as_teardown(setups=[reserved])
+    judged = verdict().as_teardown(on_failure_fail_dagrun=True)
+
+    covered >> feature_plan >> built >> gate >> reserved >> launch >> train >> checked >> synced >> terminate >> cost
+    # never directly behind a setup, whose failure would keep a teardown from running
+    [run_plan, covered, feature_plan, built, gate, train, checked, synced, terminate, cost] >> judged
 
 
 retrain()

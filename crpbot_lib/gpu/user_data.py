@@ -17,7 +17,8 @@ shutdown -h +$minutes
 ${login}docker pull $image
 docker run --rm --gpus all --name crpbot-training --network host \\
   --log-driver awslogs --log-opt awslogs-region=$region --log-opt awslogs-group=$log_group --log-opt awslogs-stream=$log_stream \\
-  -e AWS_REGION=$region -e AWS_ENDPOINT_URL -e CRPBOT_LAKE=$lake -e CRPBOT_RUN=$run -e CRPBOT_GENERATION=$generation \\
+  --log-opt mode=non-blocking --log-opt max-buffer-size=4m \\
+  -e AWS_DEFAULT_REGION=$region -e AWS_ENDPOINT_URL -e CRPBOT_LAKE=$lake -e CRPBOT_RUN=$run -e CRPBOT_GENERATION=$generation \\
   $image
 shutdown -h now
 """)
@@ -36,7 +37,8 @@ def render(
 ) -> str:
     """The script for one launch. The same arguments give the same text, so that its hash identifies it.
 
-    ``AWS_ENDPOINT_URL`` is passed through by name: set on a machine that has it (a local cloud), absent on AWS.
+    The log driver does not block: by default a training would stand still while CloudWatch is away (Docker docs, "Configure logging
+    drivers"). ``AWS_ENDPOINT_URL`` is passed through by name: set on a machine that has it (a local cloud), absent on AWS.
     """
     registry = image.partition("/")[0]
     login = ""

@@ -124,7 +124,9 @@ class Demo:
                 data = cloud["data"]
                 self.say(f"data: {data['kind']}" + (f", from {data['folder']}" if data["folder"] else ""))
             env["CRPBOT_RUNTIME__AS_OF"] = self._as_of(days).isoformat()
-            # this process reads the lake and asks EC2 itself, for the summary
+            # this process reads the lake and asks EC2 itself, for the summary; the caller's AWS settings must not lead it astray
+            for name in [name for name in os.environ if name.startswith("AWS_")]:
+                del os.environ[name]
             os.environ.update(env)
             settings.cache_clear()
             self.say(f"local cloud is up (AWS at {env['AWS_ENDPOINT_URL']}); starting Airflow")
@@ -239,14 +241,26 @@ class Demo:
                 raise DemoError(f"another demonstration is running in {self.state}; end it, or take another --state") from None
             yield
 
+    def left_running(self) -> list[int]:
+        """The pids that carry this demonstration's marker."""
+        marker = self.state / "marker"
+        value = marker.read_text().strip() if marker.exists() else ""
+        return processes.processes_with_marker(processes.MARKER, value) if value else []
+
     def _clean_up_earlier(self) -> None:
         """Ends what a demonstration that was itself killed left behind, found by its marker, and begins in a clean directory."""
         marker = self.state / "marker"
         if marker.exists():
-            end_marked(marker.read_text().strip())
+            if value := marker.read_text().strip():
+                end_marked(value)
+        elif self.state.exists() and (not self.state.is_dir() or any(self.state.iterdir())):
+            raise DemoError(
+                f"{self.state} is not empty and no earlier demonstration's: name another --state, which will be emptied"
+            )
         if self.state.exists():
             shutil.rmtree(self.state)
         self.state.mkdir(parents=True)
+        marker.touch()
 
     def _summary(self, current: Settings, run: str, days: list[date]) -> None:
         lake = Lake(current.lake)
@@ -364,7 +378,7 @@ def _is_job_line(line: str) -> bool:
 
 def _why(airflow: LocalAirflow, dag: str, run: str) -> str:
     """The failed tasks of a run with the last lines of their logs."""
-    failed = [t for t in airflow.tasks(dag, run) if t["state"] == "failed" and t["task_id"] != "watch_for_failures"]
+    failed = [t for t in airflow.tasks(dag, run) if t["state"] == "failed" and t["task_id"] != "verdict"]
     parts = []
     for t in failed:
         with contextlib.suppress(requests.RequestException):
@@ -378,14 +392,20 @@ def demonstrate(demo: Demo) -> int:
     """Runs ``demo`` and returns its exit code; 130 after Ctrl-C (0 where it was only being kept up)."""
 
     def interrupt(signum: int, frame: object) -> None:  # noqa: ARG001
+        # once: a second Ctrl-C must not stop the ending of what was started
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, signal.SIG_IGN)
+        demo.say("interrupted; ending everything that was started")
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, interrupt)
     try:
         return demo.run()
     except KeyboardInterrupt:
-        demo.say("interrupted; everything that was started has been ended")
+        left = demo.left_running()
+        demo.say(f"STILL RUNNING: {left}; end them by pid" if left else "everything that was started has been ended")
         return 130
     except (DemoError, AirflowError) as error:
-        demo.console.print(f"FAILED: {error}", markup=False)
+        demo.console.out(f"FAILED: {error}", highlight=False)
         return 1

@@ -290,7 +290,7 @@ def _parse_run(arguments: list[str]) -> _Run:
     run.image, run.arguments = rest[0], rest[1:]
     if run.log_driver not in ("json-file", "none", "awslogs"):
         raise _UsageError(f"unknown log driver {run.log_driver}")
-    unknown = set(run.log_options) - {"awslogs-region", "awslogs-group", "awslogs-stream"}
+    unknown = set(run.log_options) - {"mode", "max-buffer-size", "awslogs-region", "awslogs-group", "awslogs-stream"}
     if unknown:
         raise _UsageError(f"unknown log opt {', '.join(sorted(unknown))} for {run.log_driver} log driver")
     if run.log_driver == "awslogs" and not run.log_options.get("awslogs-group"):

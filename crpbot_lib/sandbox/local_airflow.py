@@ -58,6 +58,8 @@ class LocalAirflow:
         self.marker = marker or f"airflow-{uuid.uuid4().hex}"
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._http = requests.Session()
+        # no proxy stands between here and this machine's own Airflow
+        self._http.trust_env = False
         self.env = self._environment(env)
 
     def _environment(self, extra: dict[str, str]) -> dict[str, str]:
@@ -126,12 +128,14 @@ class LocalAirflow:
 
     def stop(self) -> None:
         """Ends every component and whatever they started; idempotent."""
-        for child in self._children.values():
-            processes.end_group(child.pid, grace=1)
-            child.wait(timeout=30)
-        self._children.clear()
-        # task processes are in sessions of their own; the scheduler is gone, so nothing starts anew while they are ended
-        end_marked(self.marker)
+        try:
+            for child in self._children.values():
+                processes.end_group(child.pid, grace=1)
+                child.wait(timeout=30)
+        finally:
+            self._children.clear()
+            # task processes are in sessions of their own; the scheduler is gone, so nothing starts anew while they are ended
+            end_marked(self.marker)
 
     def __enter__(self) -> LocalAirflow:
         self.start()
@@ -177,9 +181,9 @@ class LocalAirflow:
         content = self._get(path, map_index=map_index, full_content=True)["content"]
         return "\n".join(_line(item) for item in content)
 
-    def set_task_state(self, dag: str, run: str, task: str, state: str) -> None:
-        """Marks a task, as the UI's "Mark state as …" does."""
-        self._request("PATCH", f"dags/{dag}/dagRuns/{run}/taskInstances/{task}", {"new_state": state})
+    def mark_run(self, dag: str, run: str, state: str) -> None:
+        """Marks a run, as the UI's "Mark state as …" does."""
+        self._request("PATCH", f"dags/{dag}/dagRuns/{run}", {"state": state})
 
     def clear(self, dag: str, run: str, task: str) -> None:
         """Clears a task with what follows it, as the UI's "Clear task" does."""

@@ -229,6 +229,14 @@ class Sandbox:
             "AWS_REGION": self.options.region,
             "AWS_DEFAULT_REGION": self.options.region,
             "AWS_EC2_METADATA_DISABLED": "true",
+            # nothing of the caller's own AWS configuration, and no proxy, may lead a client past the local cloud
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "false",
+            "NO_PROXY": (
+                no_proxy := ",".join(dict.fromkeys(("127.0.0.1", "localhost", self.options.advertise or self.options.host)))
+            ),
+            "no_proxy": no_proxy,
             "CRPBOT_LAKE": f"s3://{BUCKET}",
             "CRPBOT_COINBASE_URL": self.control_url,
             "CRPBOT_COINGECKO_URL": f"{self.control_url}/api/v3",

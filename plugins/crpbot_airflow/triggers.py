@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 from asgiref.sync import sync_to_async
 
+if TYPE_CHECKING:
+    from crpbot_lib.gpu.watch import Watcher
+
 # How many rounds in a row may fail (AWS or the lake away) before the task is told; each round waits poll_seconds more.
 _MAX_FAILURES = 20
+# docker's awslogs driver ships a batch every five seconds: after the end the last lines, a traceback among them, are still to come
+_SETTLE_SECONDS = 15.0
+_QUIET_SECONDS = 8.0
 
 
 class TrainingJobTrigger(BaseTrigger):
@@ -34,32 +41,48 @@ class TrainingJobTrigger(BaseTrigger):
     async def run(self) -> AsyncIterator[TriggerEvent]:
         # boto3 is synchronous: its calls run in a thread, so that one slow answer does not hold up the other triggers
         watcher = await sync_to_async(self._watcher, thread_sensitive=False)()
-        poll = sync_to_async(watcher.new_lines, thread_sensitive=False)
         ask = sync_to_async(watcher.outcome, thread_sensitive=False)
         failures = 0
         while True:
+            # the outcome is asked for first: lines written before it are then all fetched below
             try:
-                # the outcome is asked for first: lines written before it are then all fetched below
                 outcome = await ask()
-                if outcome:
-                    await asyncio.sleep(min(2.0, watcher.gpu.poll_seconds))
-                for line in await poll():
-                    self.log.info("%s", line)
                 failures = 0
             except Exception as error:
+                outcome = None
                 failures += 1
                 self.log.warning("round failed (%d of %d): %s", failures, _MAX_FAILURES, error)
                 if failures >= _MAX_FAILURES:
                     message = f"the job could not be followed any longer: {error}"
                     yield TriggerEvent({"verdict": "unknown", "message": message, "permanent": False})
                     return
-                outcome = None
+            await self._show_new_lines(watcher)
             if outcome:
+                await self._show_last_lines(watcher)
                 yield TriggerEvent({"verdict": outcome.verdict, "message": outcome.message, "permanent": outcome.permanent})
                 return
             await asyncio.sleep(watcher.gpu.poll_seconds)
 
-    def _watcher(self) -> Any:
+    async def _show_new_lines(self, watcher: Watcher) -> int:
+        """The job's new log lines; how many. Logs that cannot be read decide nothing about the job: they only warn."""
+        try:
+            lines = await sync_to_async(watcher.new_lines, thread_sensitive=False)()
+        except Exception as error:
+            self.log.warning("the job's log lines cannot be read now: %s", error)
+            return 0
+        for line in lines:
+            self.log.info("%s", line)
+        return len(lines)
+
+    async def _show_last_lines(self, watcher: Watcher) -> None:
+        """Reads on until nothing new has come for a while."""
+        began = quiet_since = time.monotonic()
+        while time.monotonic() - began < _SETTLE_SECONDS and time.monotonic() - quiet_since < _QUIET_SECONDS:
+            await asyncio.sleep(1)
+            if await self._show_new_lines(watcher):
+                quiet_since = time.monotonic()
+
+    def _watcher(self) -> Watcher:
         from airflow.providers.amazon.aws.hooks.base_aws import AwsBaseHook
         from airflow.providers.amazon.aws.hooks.ec2 import EC2Hook
 

@@ -89,11 +89,16 @@ def test_the_teardown_belongs_to_both_setups_and_the_first_never_touches_aws(dag
     assert terminate.on_failure_fail_dagrun is False
 
 
-def test_the_watcher_sees_every_task_that_can_fail_but_no_setup_directly(dags: dict[str, Any]) -> None:
-    watcher = dags["retrain"].get_task("watch_for_failures")
-    assert watcher.trigger_rule == "one_failed"
-    assert {"train", "check_model", "sync_models", "terminate", "gate_features"} <= watcher.upstream_task_ids
-    assert not {"reserve", "launch"} & watcher.upstream_task_ids
+def test_the_verdict_alone_decides_the_run_and_stands_behind_every_task_but_the_setups(dags: dict[str, Any]) -> None:
+    retrain = dags["retrain"]
+    verdict = retrain.get_task("verdict")
+    # a teardown, since Airflow skips all others when somebody marks the run as failed
+    assert verdict.is_teardown
+    assert verdict.on_failure_fail_dagrun is True
+    assert verdict.upstream_task_ids == {
+        task.task_id for task in retrain.tasks if not task.is_setup and task.task_id not in ("verdict", "symbols_of")
+    }
+    assert [task.task_id for task in retrain.leaves] == ["verdict"]
 
 
 def test_models_are_published_only_by_sync_and_promotion_waits_for_it(dags: dict[str, Any]) -> None:

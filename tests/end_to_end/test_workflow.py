@@ -182,3 +182,23 @@ def test_clearing_the_running_work_leaves_one_instance_and_then_none(deployment:
     mine = [i for i in deployment.instances() if i["tags"].get("crpbot:run") == name]
     assert all(i["state"] == "terminated" for i in mine)
     assert deployment.living() == []
+
+
+def test_a_run_that_somebody_marks_as_failed_stays_failed_and_leaves_no_instance(deployment: Any, trained: dict[str, Any]) -> None:
+    """Airflow then skips every task but the teardowns, and a green teardown would make the run green."""
+    airflow = deployment.airflow
+    run = airflow.trigger("retrain", conf={"start": DAYS[0], "end": "2025-05-28", "symbols": ["ETH-USD"]})
+    until = time.monotonic() + LIMIT
+    while states(deployment, "retrain", run).get("train") != {"deferred"}:
+        assert time.monotonic() < until, "train was never deferred"
+        time.sleep(0.2)
+    airflow.mark_run("retrain", run, "failed")
+    until = time.monotonic() + LIMIT
+    while states(deployment, "retrain", run)["verdict"] == {None}:
+        assert time.monotonic() < until, "the verdict was never given"
+        time.sleep(0.5)
+    assert airflow.wait("retrain", run, LIMIT) == "failed"
+    found = states(deployment, "retrain", run)
+    assert found["terminate"] == {"success"}
+    assert found["cost_report"] == {"success"}
+    assert deployment.living() == []

@@ -101,7 +101,7 @@ class Cloud:
         return console
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     """Generated data, instances that boot in 0.1 s, minutes of 0.5 s. Shared: each test launches its own instances."""
     options = SandboxOptions(

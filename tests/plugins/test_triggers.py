@@ -1,0 +1,86 @@
+"""The trigger: the job's own word decides, and logs that cannot be read decide nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crpbot_lib.config import GpuSettings
+from crpbot_lib.gpu.watch import Outcome
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "plugins"))
+
+
+class Job:
+    """A watcher of a job that says what a test tells it to."""
+
+    gpu = GpuSettings(poll_seconds=0.01)
+
+    def __init__(self, outcomes: list[Outcome | Exception | None], lines: list[list[str] | Exception]) -> None:
+        self.outcomes, self.lines = iter(outcomes), iter(lines)
+
+    def outcome(self) -> Outcome | None:
+        found = next(self.outcomes)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def new_lines(self) -> list[str]:
+        found = next(self.lines, [])
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def follow(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], list[str]]:
+    """The trigger's event and the lines that it logged."""
+    from crpbot_airflow import triggers
+
+    monkeypatch.setattr(triggers, "_SETTLE_SECONDS", 0.05)
+    trigger = triggers.TrainingJobTrigger(run="run-a", generation=1, started="2025-05-29T00:00:00+00:00")
+    monkeypatch.setattr(trigger, "_watcher", lambda: job)
+    logged: list[str] = []
+    monkeypatch.setattr(trigger.log, "info", lambda message, *args: logged.append(message % args))
+
+    async def first() -> dict[str, Any]:
+        async for event in trigger.run():
+            return dict(event.payload)
+        raise AssertionError("the trigger ended without an event")
+
+    return asyncio.run(first()), logged
+
+
+def test_lines_appear_in_order_and_the_verdict_is_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job([None, None, Outcome("succeeded", "done")], [["a"], ["b"], ["c"], ["after the end"]])
+    event, logged = follow(job, monkeypatch)
+    assert event == {"verdict": "succeeded", "message": "done", "permanent": False}
+    assert logged == ["a", "b", "c", "after the end"]
+
+
+def test_logs_that_cannot_be_read_neither_fail_the_job_nor_hide_its_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    denied = PermissionError("logs:GetLogEvents denied")
+    job = Job([*[None] * 30, Outcome("succeeded", "done")], [denied] * 100)
+    event, _ = follow(job, monkeypatch)
+    assert event["verdict"] == "succeeded"
+
+
+def test_aws_away_for_a_while_is_survived_and_for_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = ConnectionError("no route")
+    event, _ = follow(Job([*[away] * 19, None, *[away] * 19, Outcome("failed", "NaN loss", True)], []), monkeypatch)
+    assert event == {"verdict": "failed", "message": "NaN loss", "permanent": True}
+    event, _ = follow(Job([away] * 20, []), monkeypatch)
+    assert event["verdict"] == "unknown"
+    assert event["permanent"] is False
+    assert "no route" in event["message"]
+
+
+def test_a_restarted_triggerer_makes_the_same_trigger_again() -> None:
+    from crpbot_airflow.triggers import TrainingJobTrigger
+
+    path, arguments = TrainingJobTrigger(run="run-a", generation=2, started="2025-05-29T00:00:00+00:00").serialize()
+    assert path == "crpbot_airflow.triggers.TrainingJobTrigger"
+    assert TrainingJobTrigger(**arguments).serialize() == (path, arguments)
