@@ -32,7 +32,8 @@ _SHOWN = ("accuracy", "accuracy_se", "majority_accuracy", "log_loss", "base_log_
 def publish(settings: Settings, lake: Lake, run: str) -> dict[str, Any]:
     """Copies the models of a succeeded run to a version of its own; returns its entry of ``list_versions``.
 
-    Raises RegistryError when the run did not succeed or a model's bytes are not those that were trained.
+    Raises RegistryError when the run did not succeed, a model's bytes are not those that were trained, or its metrics are those
+    of another symbol, run or features version.
     """
     status = read_status(lake, run)
     if status is None or status["state"] != "succeeded":
@@ -49,6 +50,10 @@ def publish(settings: Settings, lake: Lake, run: str) -> dict[str, Any]:
             raise RegistryError(
                 f"{symbol}: the model of run {run} has sha256 {found}, training wrote {metrics['sha256']}; train it again"
             )
+        # two symbols may have the same names, order and hash: only this tells their models apart
+        told = {"symbol": symbol, "run": run, "feature_version": job["feature_version"], "smoke": job["smoke"]}
+        if other := _unlike(metrics, told):
+            raise RegistryError(f"{symbol}: metrics.json of run {run} is not the job's: {'; '.join(other)}; train it again")
         slug = settings.symbol(symbol).slug
         file = f"lstm_{slug}_1m_{found[:8]}.pt"
         contents[file] = content
@@ -135,7 +140,8 @@ def verify(settings: Settings, lake: Lake, version: str) -> dict[str, Any]:
             "run_time": len(catalog.names(groups)),
             "checkpoint": checkpoint.input_size,
         }
-        differences = _differences(checkpoint, manifest, entry, list(catalog.names(groups)), catalog.catalog_hash(groups), counts)
+        today = list(catalog.names(groups))
+        differences = _differences(symbol, checkpoint, manifest, entry, today, catalog.catalog_hash(groups), counts)
         wrong += [f"{symbol}: {difference}" for difference in differences]
         report[symbol] = {"file": entry["file"], "sha256": entry["sha256"], "catalog": checkpoint.catalog, "counts": counts}
         log.info("%s: version %s, counts %s", symbol, version, ", ".join(f"{name} {count}" for name, count in counts.items()))
@@ -241,9 +247,16 @@ def _open(settings: Settings, lake: Lake, manifest: Manifest, symbol: str) -> Ch
 
 
 def _differences(
-    checkpoint: Checkpoint, manifest: Manifest, entry: dict[str, Any], today: list[str], today_hash: str, counts: dict[str, int]
+    symbol: str,
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    entry: dict[str, Any],
+    today: list[str],
+    today_hash: str,
+    counts: dict[str, int],
 ) -> list[str]:
-    wrong = []
+    expected = {"symbol": symbol} | {name: manifest[name] for name in ("run", "feature_version", "smoke")}
+    wrong = [f"the checkpoint's {difference}" for difference in _unlike({n: getattr(checkpoint, n) for n in expected}, expected)]
     if len(set(counts.values())) != 1:
         wrong.append("counts differ: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     if checkpoint.input_size != entry["input_size"]:
@@ -260,9 +273,11 @@ def _differences(
         wrong.append(
             f"the model was trained under catalog {checkpoint.catalog}, today's is {today_hash}: retrain on today's features"
         )
-    if checkpoint.smoke != manifest["smoke"]:
-        wrong.append(f"the checkpoint says smoke={checkpoint.smoke}, the manifest {manifest['smoke']}")
     return wrong
+
+
+def _unlike(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    return [f"{name} is {found.get(name)!r}, expected {value!r}" for name, value in expected.items() if found.get(name) != value]
 
 
 def _tag(value: str) -> str:

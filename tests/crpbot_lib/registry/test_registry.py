@@ -44,7 +44,7 @@ def second_version(own: Any) -> str:
     return str(registry.publish(SETTINGS, own.lake, "run-2")["version"])
 
 
-def respoil(own: Any, version: str, symbol: str, **content: Any) -> None:
+def respoil(own: Any, version: str, symbol: str, /, **content: Any) -> None:
     """Replaces entries of a published checkpoint, and its sha256 in the manifest."""
     manifest = registry.show(SETTINGS, own.lake, version)
     entry = manifest["symbols"][symbol]
@@ -95,6 +95,31 @@ def test_a_model_that_changed_since_its_training_is_not_published(own: Any) -> N
     with pytest.raises(RegistryError, match=r"BTC-USD: the model of run run-1 has sha256"):
         registry.publish(SETTINGS, own.lake, own.run)
     assert contents(own.lake) == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("symbol", "SOL-USD"), ("run", "run-9"), ("feature_version", "v-other"), ("smoke", False)]
+)
+def test_a_model_whose_metrics_are_not_the_jobs_is_not_published(own: Any, field: str, value: Any) -> None:
+    key = keys.run_symbol(own.run, "BTC-USD", "metrics.json")
+    own.lake.write_json(key, own.lake.read_json(key) | {field: value})
+
+    with pytest.raises(
+        RegistryError, match=rf"BTC-USD: metrics.json of run run-1 is not the job's: {field} is {value!r}, expected"
+    ):
+        registry.publish(SETTINGS, own.lake, own.run)
+    assert contents(own.lake) == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("symbol", "SOL-USD"), ("run", "run-9"), ("feature_version", "v-other"), ("smoke", False)]
+)
+def test_verify_refuses_the_model_of_another_symbol_run_or_features_version(own: Any, version: str, field: str, value: Any) -> None:
+    """BTC-USD and SOL-USD share names, order, counts and hash: nothing else would tell their models apart."""
+    respoil(own, version, "BTC-USD", **{field: value})
+
+    with pytest.raises(AlignmentError, match=rf"BTC-USD: the checkpoint's {field} is {value!r}, expected"):
+        registry.verify(SETTINGS, own.lake, version)
 
 
 def test_verify_reports_the_three_counts(own: Any, version: str) -> None:
