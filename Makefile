@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 export AWS_EC2_METADATA_DISABLED := true
 
-.PHONY: setup demo up test lint format lock clean
+.PHONY: setup demo up test lint format docs lock clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,11 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The generated pages; tests say when they are stale.
+docs: setup
+	PYTHONPATH=plugins AIRFLOW_HOME=$(CURDIR)/.crpbot/docs $(BIN)/python -m crpbot_airflow.dags_page
+	$(BIN)/crpbot features dictionary > docs/features.md
 
 # Versions move only here. --universal: one lock for every platform; torch stays out of it (see pyproject.toml).
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" pyproject.toml
