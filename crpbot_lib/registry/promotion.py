@@ -7,8 +7,10 @@ history of the state it replaced, so that rolling back twice goes back two steps
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from math import isfinite, nan
 from typing import Any
 
 from crpbot_lib.config import Settings
@@ -40,7 +42,7 @@ def promote(
 
     Returns version, smoke, symbols (all that is promoted now) and message, a sentence for people. Promoting what is promoted
     already changes nothing. Raises PromotionRefusedError with every reason: not aligned, no dry run
-    of this version, predictions stuck, too few iterations, a smoke model without ``promotion.allow_smoke``.
+    of this version, predictions stuck, too few finite predictions of a symbol, a smoke model without ``promotion.allow_smoke``.
     """
     manifest = show(settings, lake, version)
     reasons = _reasons_against(settings, manifest, evidence)
@@ -109,8 +111,13 @@ def _reasons_against(settings: Settings, manifest: dict[str, Any], evidence: Map
         )
     if evidence.get("not_stuck") is not True:
         reasons.append("its dry run's predictions are stuck (or it does not say otherwise)")
-    if int(evidence.get("iterations", 0)) < asked:
-        reasons.append(f"its dry run has {evidence.get('iterations', 0)} iterations, promotion asks for {asked}")
+    # rounds prove nothing: a round may have had no decision
+    decided = Counter(p["symbol"] for p in evidence.get("predictions", ()) if isfinite(p.get("probability", nan)))
+    reasons += [
+        f"its dry run has {decided[symbol]} finite predictions of {symbol}, promotion asks for {asked}"
+        for symbol in manifest["symbols"]
+        if decided[symbol] < asked
+    ]
     return reasons
 
 

@@ -15,7 +15,7 @@ from crpbot_lib.lake import Lake
 from crpbot_lib.market_data import MarketData, MarketDataError
 from crpbot_lib.runtime import telegram
 from crpbot_lib.runtime.market import MarketAt
-from crpbot_lib.runtime.predict import MINUTE, NoDecisionError, Signal, decide, live_features, selected, stuck
+from crpbot_lib.runtime.predict import MINUTE, NoDecisionError, PredictionError, Signal, decide, live_features, selected, stuck
 from crpbot_lib.training import ModelLog, marked
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def run(
 
     Returns mode, model (None when the champions are of several versions), models, iterations, predictions, not_stuck, stuck,
     skipped and smoke: the record that promotion asks for. Raises RuntimeRefusedError, and AlignmentError when a model does not
-    fit today's features. A dry run ends with the first error of its data; live names it and tries the next minute.
+    fit today's features. A dry run ends with the first error of its data or its models; live names it and tries the next minute.
     """
     if iterations < 1:
         raise RuntimeRefusedError(f"iterations is {iterations}, expected at least 1")
@@ -90,7 +90,7 @@ def run(
                 signal = _decide(settings, symbol, checkpoint, data, at, first_time=not signals[symbol])
             except NoDecisionError as error:
                 skipped.append(marked(f"no decision: {error}", checkpoint.smoke))
-            except (MarketDataError, FeatureError) as error:
+            except (MarketDataError, FeatureError, PredictionError) as error:
                 if mode == "dryrun":
                     raise
                 skipped.append(f"{symbol}: no decision at {at.isoformat()}: {error}")

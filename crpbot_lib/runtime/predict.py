@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,10 @@ STUCK_TOLERANCE = 1e-6
 
 class NoDecisionError(Exception):
     """The newest minutes do not give a whole window; the next minute may."""
+
+
+class PredictionError(ValueError):
+    """The model's answer is no probability; the message names the symbol and the time."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def decide(checkpoint: Checkpoint, features: pd.DataFrame, at: datetime) -> Sign
     """The model's word at ``at`` on the newest rows of ``features``.
 
     Raises AlignmentError when the frame's features are not the model's, NoDecisionError when the newest row is not the minute
-    that has just closed, or the window has a hole.
+    that has just closed, or the window has a hole, PredictionError when the probability is no finite number.
     """
     names = selected(features)
     if names != list(checkpoint.names):
@@ -95,7 +100,13 @@ def decide(checkpoint: Checkpoint, features: pd.DataFrame, at: datetime) -> Sign
             f"{checkpoint.symbol}: the last {sequence} rows begin at {first.isoformat()}: there is a hole in them"
         )
     rows = np.ascontiguousarray(window[names].to_numpy(dtype=np.float32))
-    return Signal(checkpoint.symbol, at, checkpoint.predict(rows), checkpoint.smoke)
+    probability = checkpoint.predict(rows)
+    if not isfinite(probability):
+        raise PredictionError(
+            f"{checkpoint.symbol}: the model of run {checkpoint.run} gives {probability} at {at.isoformat()} on finite features, "
+            "expected a probability; its weights or its scaler are spoiled: train and promote another, or roll back"
+        )
+    return Signal(checkpoint.symbol, at, probability, checkpoint.smoke)
 
 
 def stuck(signals: Sequence[Signal]) -> str | None:

@@ -32,7 +32,11 @@ def version(own: Any) -> str:
 
 
 def evidence(version: str, **changes: Any) -> dict[str, Any]:
-    return {"model": version, "not_stuck": True, "iterations": 5, **changes}
+    return {"model": version, "not_stuck": True, "iterations": 5, "predictions": predictions(), **changes}
+
+
+def predictions(btc: int = 5, eth: int = 5, probability: float = 0.6) -> list[dict[str, Any]]:
+    return [{"symbol": s, "probability": probability} for s in ["BTC-USD"] * btc + ["ETH-USD"] * eth]
 
 
 def second_version(own: Any) -> str:
@@ -185,7 +189,9 @@ def test_promote_moves_the_pointer_and_keeps_the_history(own: Any, version: str)
     ("changes", "reason"),
     [
         ({"not_stuck": False}, "predictions are stuck"),
-        ({"iterations": 2}, "has 2 iterations, promotion asks for 5"),
+        ({"predictions": predictions(btc=4)}, "has 4 finite predictions of BTC-USD, promotion asks for 5"),
+        ({"predictions": predictions(eth=0)}, "has 0 finite predictions of ETH-USD, promotion asks for 5"),
+        ({"predictions": predictions(probability=float("nan"))}, "has 0 finite predictions of BTC-USD"),
         ({"model": "another"}, "a dry run of 'another'"),
     ],
 )

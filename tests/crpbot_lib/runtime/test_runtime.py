@@ -23,7 +23,7 @@ from crpbot_lib.market_data import MarketDataError
 from crpbot_lib.registry import AlignmentError
 from crpbot_lib.runtime import RuntimeRefusedError, Signal, loop, telegram
 from crpbot_lib.runtime.market import MarketAt
-from crpbot_lib.runtime.predict import NoDecisionError, decide, live_features, stuck
+from crpbot_lib.runtime.predict import NoDecisionError, PredictionError, decide, live_features, stuck
 from crpbot_lib.training.checkpoint import Checkpoint
 
 MINUTE = timedelta(minutes=1)
@@ -52,9 +52,14 @@ def real(published: tuple[Any, str], tmp_path: Path) -> tuple[Any, str]:
         entry["sha256"] = registry.versions.hashlib.sha256(data).hexdigest()
         own.lake.write(keys.model("models", "2025-05-29-real", entry["file"]), data)
     own.lake.write_json(keys.model("models", "2025-05-29-real", "manifest.json"), manifest)
-    evidence = {"model": "2025-05-29-real", "not_stuck": True, "iterations": 5}
-    registry.promote(settings(), own.lake, "2025-05-29-real", evidence)
+    registry.promote(settings(), own.lake, "2025-05-29-real", evidence("2025-05-29-real"))
     return own, "2025-05-29-real"
+
+
+def evidence(version: str) -> dict[str, Any]:
+    """What a dry run of five good rounds leaves."""
+    predictions = [{"symbol": s, "probability": 0.6} for s in ("BTC-USD", "ETH-USD") for _ in range(5)]
+    return {"model": version, "not_stuck": True, "iterations": 5, "predictions": predictions}
 
 
 class Minutes:
@@ -209,6 +214,16 @@ def test_a_model_that_does_not_react_is_reported_and_not_promoted(
         registry.promote(settings(), own.lake, version, result)
 
 
+def test_a_probability_that_is_no_number_ends_a_dry_run(
+    published: tuple[Any, str], recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, version = published
+    monkeypatch.setattr(Checkpoint, "predict", lambda _self, _rows: float("nan"))
+
+    with pytest.raises(PredictionError, match=r"BTC-USD: the model of run run-1 gives nan at 2025-05-29T00:10:00\+00:00"):
+        runtime.run(settings(), own.lake, "dryrun", 5, version, source=recorded)
+
+
 def test_a_frame_with_other_features_is_refused_by_name(published: tuple[Any, str], recorded: Any) -> None:
     own, version = published
     model = registry.load_model(settings(), own.lake, version, "BTC-USD")
@@ -258,8 +273,7 @@ class TestLive:
 
     def test_refuses_a_smoke_model_even_when_promoted(self, published: tuple[Any, str], tmp_path: Path) -> None:
         own, version = published[0].copy(tmp_path), published[1]
-        evidence = {"model": version, "not_stuck": True, "iterations": 5}
-        registry.promote(settings(), own.lake, version, evidence)
+        registry.promote(settings(), own.lake, version, evidence(version))
 
         with pytest.raises(RuntimeRefusedError, match=r"SMOKE .* live mode refuses it always"):
             runtime.run(settings(None), own.lake, "live", 1, symbols=["BTC-USD"])
