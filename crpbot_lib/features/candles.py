@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 
 import polars as pl
 
+from crpbot_lib import candle_rules
 from crpbot_lib.features.errors import FeatureError
 from crpbot_lib.features.feature import TIMESTAMP
 
@@ -25,7 +26,8 @@ POINT_COLUMNS = ("timestamp", "available_at", "price", "market_cap", "total_volu
 
 
 def check_candles(name: str, frame: pl.DataFrame | None, seconds: int) -> pl.DataFrame:
-    """``frame`` with exactly the candle columns, typed; FeatureError names what is wrong, in which column and row (from 0)."""
+    """``frame`` with exactly the candle columns, typed; FeatureError names what is wrong, in which column and row (from 0): no
+    finite number, no rising time on the grid of ``seconds``, or a candle that cannot be (``candle_rules``)."""
     frame = _typed(name, frame, CANDLE_COLUMNS, CANDLE_COLUMNS[:1])
     off_grid = pl.col("timestamp").dt.epoch("us") % (seconds * 1_000_000) != 0
     _refuse(
@@ -35,6 +37,7 @@ def check_candles(name: str, frame: pl.DataFrame | None, seconds: int) -> pl.Dat
             *((column, ~pl.col(column).is_finite().fill_null(False), "expected a finite number") for column in CANDLE_COLUMNS[1:]),
             *_order("timestamp", strictly=True),
             ("timestamp", off_grid, f"expected a candle's open time, a multiple of {seconds} s"),
+            *((column, wrong, f"this is {problem}: no candle") for column, wrong, problem in candle_rules.IMPOSSIBLE),
         ],
     )
     return frame

@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 
+from crpbot_lib import candle_rules
 from crpbot_lib.market_data.frames import CANDLE_SCHEMA, POINT_SCHEMA, SERIES_WIDTH, width
 from crpbot_lib.market_data.http import MarketDataError
 
@@ -57,13 +58,8 @@ def check_candles(frame: pl.DataFrame, timeframe: str, start: datetime, end: dat
     _check_timestamps(frame, width(timeframe), what)
     opens = pl.col("timestamp")
     _refuse(frame, ~opens.is_between(start, end, closed="left"), what, "timestamp", f"outside [{_iso(start)}, {_iso(end)})")
-    for column in ("open", "high", "low", "close"):
-        _refuse(frame, pl.col(column) <= 0, what, column, "not above 0")
-    _refuse(frame, pl.col("volume") < 0, what, "volume", "below 0")
-    for column in ("open", "close", "low"):
-        _refuse(frame, pl.col("high") < pl.col(column), what, "high", f"below {column}")
-    for column in ("open", "close"):
-        _refuse(frame, pl.col("low") > pl.col(column), what, "low", f"above {column}")
+    for column, wrong, problem in candle_rules.IMPOSSIBLE:
+        _refuse(frame, wrong, what, column, problem)
 
 
 def check_points(frame: pl.DataFrame, series: str, what: str) -> None:

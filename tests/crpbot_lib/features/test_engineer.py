@@ -203,6 +203,23 @@ class TestBadInput:
         )
         self.refused(small_market, "1m", broken, "1m candles, column high, row 77: .* expected a finite number")
 
+    @pytest.mark.parametrize("width", ["1m", "5m", "15m", "1h"])
+    @pytest.mark.parametrize(
+        ("column", "value", "said"),
+        [
+            ("close", -100.0, "close, row 7: the value is -100.0; this is not above 0"),
+            ("open", 0.0, "open, row 7: the value is 0.0; this is not above 0"),
+            ("volume", -5.0, "volume, row 7: the value is -5.0; this is below 0"),
+            ("high", 1.0, "high, row 7: the value is 1.0; this is below open"),
+            ("low", 1e9, "high, row 7: .* this is below low"),
+        ],
+    )
+    def test_a_candle_that_cannot_be(self, small_market: Any, width: str, column: str, value: float, said: str) -> None:
+        broken = small_market.candles[width].with_columns(
+            pl.when(pl.int_range(pl.len()) == 7).then(value).otherwise(column).alias(column)
+        )
+        self.refused(small_market, width, broken, rf"{width} candles, column {said}")
+
     def test_not_a_number_in_coingecko(self, small_market: Any) -> None:
         broken = small_market.hourly.with_columns(
             pl.when(pl.int_range(pl.len()) == 7).then(float("nan")).otherwise(pl.col("price")).alias("price")
