@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from crpbot_lib import registry
 from crpbot_lib.config import Settings
 from crpbot_lib.features import DataFetcher, FeatureError
-from crpbot_lib.lake import Lake
+from crpbot_lib.lake import Lake, LakeError
 from crpbot_lib.market_data import MarketData, MarketDataError
 from crpbot_lib.runtime import telegram
 from crpbot_lib.runtime.market import MarketAt
@@ -55,7 +55,8 @@ def run(
 
     Returns mode, model (None when the champions are of several versions), models, iterations, predictions, not_stuck, stuck,
     skipped and smoke: the record that promotion asks for. Raises RuntimeRefusedError, and AlignmentError when a model does not
-    fit today's features. A dry run ends with the first error of its data or its models; live names it and tries the next minute.
+    fit today's features. A dry run ends with the first error of its data or its models; live names it and tries the next minute,
+    and goes on with the models that it has while the lake cannot be read.
     """
     if iterations < 1:
         raise RuntimeRefusedError(f"iterations is {iterations}, expected at least 1")
@@ -80,10 +81,15 @@ def run(
     for i in range(iterations):
         at = _next_minute(clock, sleep, settings.runtime.settle_seconds) if first is None else first + i * MINUTE
         data.now = at
-        if mode == "live" and (now_promoted := _versions(settings, lake, mode, model, symbols)) != versions:
-            versions, models = now_promoted, _load(settings, lake, mode, now_promoted)
-            logger.info("the promoted models changed: %s", ", ".join(f"{s} ({v})" for s, v in versions.items()))
-            signals = {symbol: [] for symbol in versions}
+        if mode == "live":
+            try:
+                if (now_promoted := _versions(settings, lake, mode, model, symbols)) != versions:
+                    versions, models = now_promoted, _load(settings, lake, mode, now_promoted)
+                    logger.info("the promoted models changed: %s", ", ".join(f"{s} ({v})" for s, v in versions.items()))
+                    signals = {symbol: [] for symbol in versions}
+            except (LakeError, OSError) as error:
+                # OSError: a directory as the lake
+                logger.warning("the promoted models cannot be read, the loaded ones go on: %s: %s", type(error).__name__, error)
         lines = []
         for symbol, checkpoint in models.items():
             try:

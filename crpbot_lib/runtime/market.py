@@ -9,10 +9,9 @@ import polars as pl
 
 from crpbot_lib.config import TIMEFRAME_SECONDS
 from crpbot_lib.features import DataFetcher
+from crpbot_lib.market_data.coingecko import LAG
 
 _POINT_WIDTH = {"hourly": timedelta(hours=1), "daily": timedelta(days=1)}
-_STAMP_JITTER = timedelta(minutes=10)
-"""CoinGecko's stamps lie minutes off their hour or day, so the next point may come this much sooner than one width later."""
 
 
 class MarketAt:
@@ -46,8 +45,9 @@ class MarketAt:
     ) -> pl.DataFrame:
         kept = self._kept.get((series, coin))
         if self._until is None and kept and kept[0] <= start and kept[2].height:
-            newest: datetime = kept[2]["available_at"][-1]
-            if self.now < newest + _POINT_WIDTH[series] - _STAMP_JITTER:
+            # the beginning of its hour or day: however late its own stamp was, the next one may be stamped at once
+            newest: datetime = kept[2]["timestamp"][-1]
+            if self.now < newest + _POINT_WIDTH[series] + LAG[series]:
                 # nothing new can have appeared since
                 self._kept[(series, coin)] = (kept[0], max(kept[1], end), kept[2])
         frame = self._fetch((series, coin), start, end, lambda a, b: fetch(coin, a, b))

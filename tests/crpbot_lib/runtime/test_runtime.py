@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from crpbot_lib import cli, registry, runtime
 from crpbot_lib.config import PromotionSettings, RuntimeSettings, Settings, TelegramSettings
 from crpbot_lib.features import catalog
-from crpbot_lib.lake import keys
+from crpbot_lib.lake import Lake, LakeError, keys
 from crpbot_lib.market_data import MarketDataError
 from crpbot_lib.registry import AlignmentError
 from crpbot_lib.runtime import RuntimeRefusedError, Signal, loop, telegram
@@ -160,6 +160,36 @@ def test_points_are_fetched_again_only_once_a_new_one_can_have_appeared(publishe
 
     assert recorded.asked.count(("1m", "ETH-USD")) == 3
     assert recorded.asked.count(("hourly", "ethereum")) == recorded.asked.count(("daily", "ethereum")) == 1
+
+
+@pytest.mark.parametrize(
+    ("series", "width", "lag"), [("hourly", timedelta(hours=1), 5 * MINUTE), ("daily", timedelta(days=1), 35 * MINUTE)]
+)
+def test_a_point_stamped_late_does_not_hide_the_next_one_that_is_not(series: str, width: timedelta, lag: timedelta) -> None:
+    slot = datetime(2025, 5, 28, tzinfo=UTC)
+    late, prompt = slot + timedelta(minutes=14, seconds=30), slot + width + timedelta(seconds=10)
+    served = pl.DataFrame({"timestamp": [slot, slot + width], "available_at": [late + lag, prompt + lag]})
+    asked: list[datetime] = []
+
+    class Served:
+        """What CoinGecko would answer at the market's own time."""
+
+        def points(self, _coin: str, start: datetime, end: datetime) -> pl.DataFrame:
+            asked.append(market.now)
+            return served.filter((pl.col("timestamp") >= start) & (pl.col("available_at") - lag <= market.now))
+
+        hourly = daily = points
+
+    market = MarketAt(Served(), late + lag + MINUTE)
+    newest = {}
+    appears = (prompt + lag).replace(second=0) + MINUTE
+    for now in (market.now, appears - 10 * MINUTE, appears - 2 * MINUTE, appears, appears + 5 * MINUTE):
+        market.now = now
+        newest[now] = getattr(market, series)("bitcoin", slot, now)["timestamp"][-1]
+
+    assert newest[appears - 2 * MINUTE] == slot
+    assert newest[appears] == slot + width, "known as soon as it can be read"
+    assert asked == [late + lag + MINUTE, appears], "and asked for no sooner"
 
 
 def test_the_line_of_a_signal() -> None:
@@ -333,6 +363,42 @@ class TestLive:
 
         assert len(result["predictions"]) == 2
         assert result["skipped"] == ["ETH-USD: no decision at 2025-05-29T00:10:00+00:00: Coinbase: 503"]
+
+    def test_a_lake_out_of_reach_for_a_moment_does_not_end_the_loop(
+        self, real: tuple[Any, str], recorded: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Away(Lake):
+            reads = 0
+
+            def read(self, key: str) -> bytes:
+                if key == keys.promoted("models"):
+                    self.reads += 1
+                    if self.reads == 3:
+                        raise LakeError("s3://b/models/promoted.json: Connect timeout")
+                return super().read(key)
+
+        time = Minutes(AT - timedelta(seconds=1))
+        lake = Away(real[0].lake.root)
+        result = runtime.run(
+            settings(None), lake, "live", 3, symbols=["ETH-USD"], clock=time.clock, sleep=time.sleep, source=recorded
+        )
+
+        assert lake.reads == 4, "at the start and in every round"
+        assert len(result["predictions"]) == 3
+        assert "the loaded ones go on: LakeError: s3://b/models/promoted.json: Connect timeout" in caplog.text
+
+    def test_a_model_that_answers_with_no_number_does_not_end_the_loop(
+        self, real: tuple[Any, str], recorded: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        answers = iter([float("nan"), 0.6, 0.7])
+        monkeypatch.setattr(Checkpoint, "predict", lambda _self, _rows: next(answers))
+        time = Minutes(AT - timedelta(seconds=1))
+        result = runtime.run(
+            settings(None), real[0].lake, "live", 3, symbols=["ETH-USD"], clock=time.clock, sleep=time.sleep, source=recorded
+        )
+
+        assert [p["probability"] for p in result["predictions"]] == [0.6, 0.7]
+        assert "gives nan at 2025-05-29T00:10:00+00:00" in result["skipped"][0]
 
 
 class TestCommands:
