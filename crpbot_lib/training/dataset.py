@@ -2,19 +2,23 @@
 
 A window is named by its last row, the anchor ``i``: it holds rows ``i - sequence + 1 … i``, and its label compares the close of
 row ``i + horizon`` with that of row ``i``. All of these rows must follow each other minute by minute: a row that is absent is
-an outage, and neither a window nor a label may reach over it. Training windows and labels end before the split; validation
-windows begin an embargo after it.
+an outage, and neither a window nor a label may reach over it. A minute without a trade was filled because a trade came later:
+such a row may stand inside a window but is no anchor, for live such a minute is refused. Training windows and labels end before
+the split; validation windows begin an embargo after it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from crpbot_lib.features.catalog import EXCLUDED
 from crpbot_lib.training.config import FeatureFile, TrainConfig
 from crpbot_lib.training.errors import PermanentTrainingError
 
@@ -59,7 +63,7 @@ class Dataset:
     validation: Ints
     scaler: Scaler
     counts: dict[str, int]
-    """rows, gaps, equal_prices_dropped, without_label, without_window, at_split (purged and embargoed)."""
+    """rows, filled, gaps, equal_prices_dropped, without_label, without_window, at_split (purged and embargoed)."""
     split: str
     """The first instant (UTC, ISO 8601) that training knows nothing of."""
 
@@ -87,6 +91,17 @@ def anchors(timestamps: Ints, sequence: int) -> npt.NDArray[np.bool_]:
     return result
 
 
+def filled_rows(timestamps: Ints, ranges: Iterable[tuple[str, int]]) -> npt.NDArray[np.bool_]:
+    """Per row: whether its minute had no trade and was filled. ``ranges``: (first minute, ISO 8601 in UTC; how many), as the
+    features' sidecar lists them."""
+    result = np.zeros(len(timestamps), dtype=np.bool_)
+    for start, minutes in ranges:
+        first = int(datetime.fromisoformat(start).timestamp()) * 1_000_000
+        begin, end = np.searchsorted(timestamps, [first, first + minutes * _MINUTE_US])
+        result[begin:end] = True
+    return result
+
+
 def split_anchors(timestamps: Ints, usable: npt.NDArray[np.bool_], split_row: int, config: TrainConfig) -> tuple[Ints, Ints]:
     """The anchors of training and of validation, chronologically, among the ``usable`` rows.
 
@@ -103,9 +118,8 @@ def split_anchors(timestamps: Ints, usable: npt.NDArray[np.bool_], split_row: in
 def check_frame(symbol: str, frame: pl.DataFrame, expected: FeatureFile) -> None:
     """Compares the file with what the job was told: rows, names, order, dtypes, values. PermanentTrainingError lists the
     differences; it is the mission's "feature mismatch between the three counts"."""
-    excluded = ("timestamp", "open", "high", "low", "close", "volume", "session", "volatility_regime")
     wrong: list[str] = [f"column {c} is absent" for c in ("timestamp", "close") if c not in frame.columns]
-    names = [c for c in frame.columns if c not in excluded]
+    names = [c for c in frame.columns if c not in EXCLUDED]
     if len(names) != expected.features:
         wrong.append(f"the file has {len(names)} numeric features, the job expects {expected.features}")
     if absent := [n for n in expected.names if n not in names]:
@@ -134,8 +148,11 @@ def check_frame(symbol: str, frame: pl.DataFrame, expected: FeatureFile) -> None
         )
 
 
-def build(symbol: str, frame: pl.DataFrame, names: tuple[str, ...], config: TrainConfig) -> Dataset:
-    """Labels, windows, split and scaler of one symbol's features frame (checked by ``check_frame``).
+def build(
+    symbol: str, frame: pl.DataFrame, names: tuple[str, ...], config: TrainConfig, filled: Iterable[tuple[str, int]]
+) -> Dataset:
+    """Labels, windows, split and scaler of one symbol's features frame (checked by ``check_frame``). ``filled``: see
+    ``filled_rows``.
 
     Raises PermanentTrainingError when training or validation is left without a window.
     """
@@ -143,7 +160,8 @@ def build(symbol: str, frame: pl.DataFrame, names: tuple[str, ...], config: Trai
     values = frame.select(names).to_numpy().astype(np.float32, copy=False)
     label = labels(timestamps, frame["close"].to_numpy(), config.horizon)
     window = anchors(timestamps, config.sequence)
-    usable = window & (label >= DOWN)
+    no_trade = filled_rows(timestamps, filled)
+    usable = window & (label >= DOWN) & ~no_trade
     split_row = min(int(frame.height * (1 - config.validation_fraction)), frame.height - 1)
     train: Ints = np.empty(0, dtype=np.int64)
     validation: Ints = np.empty(0, dtype=np.int64)
@@ -160,6 +178,7 @@ def build(symbol: str, frame: pl.DataFrame, names: tuple[str, ...], config: Trai
     scaler = Scaler.fit(values[: train[-1] + 1], config.scaler_clip)
     counts = {
         "rows": frame.height,
+        "filled": int(no_trade.sum()),
         "gaps": int((np.diff(timestamps) > _MINUTE_US).sum()),
         "equal_prices_dropped": int((label == EQUAL).sum()),
         "without_label": int((label == UNKNOWN).sum()),

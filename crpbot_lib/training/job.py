@@ -134,6 +134,24 @@ def load_features(lake: Lake, symbol: str, expected: FeatureFile) -> pl.DataFram
     return frame
 
 
+def load_filled(lake: Lake, symbol: str, feature_version: str, expected: FeatureFile) -> list[tuple[str, int]]:
+    """The minutes without a trade that were filled, as the sidecar of the symbol's features file lists them: (first, how many).
+
+    PermanentTrainingError when the sidecar is absent or is that of another file.
+    """
+    key = keys.features_sidecar(feature_version, symbol)
+    try:
+        sidecar: dict[str, Any] = lake.read_json(key)
+    except KeyMissingError as error:
+        raise PermanentTrainingError(f"{symbol}: {error}; build the features of this version again") from error
+    if sidecar["sha256"] != expected.sha256:
+        raise PermanentTrainingError(
+            f"{symbol}: {lake.url(key)} describes a file with sha256 {sidecar['sha256']}, the manifest says {expected.sha256}; "
+            "build the features of this version again"
+        )
+    return [(start, minutes) for start, minutes in sidecar["filled"]]
+
+
 def _train_symbol(
     lake: Lake,
     spec: JobSpec,
@@ -151,7 +169,8 @@ def _train_symbol(
     log.info(
         "%s: %s rows, sha256, names, order and dtypes are the manifest's, catalog %s", symbol, f"{frame.height:,}", expected.catalog
     )
-    data = dataset.build(symbol, frame, expected.names, spec.train)
+    filled = load_filled(lake, symbol, spec.feature_version, expected)
+    data = dataset.build(symbol, frame, expected.names, spec.train, filled)
     log.info("%s: Numeric features selected: %d", symbol, data.values.shape[1])
     log.info(
         "%s: %s training and %s validation windows, split at %s; %s",

@@ -244,6 +244,8 @@ def features_lake(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) 
             "sha256": hashlib.sha256(lake.read(key)).hexdigest(),
             "key": key,
         }
+        sidecar = {"version": version, "symbol": name, "sha256": entries[name]["sha256"], "filled": [], "outages": []}
+        lake.write_json(keys.features_sidecar(version, name), sidecar)
     manifest = {"version": version, "start": "2025-05-26", "end": "2025-05-29", "catalog": "all", "symbols": entries}
     lake.write_json(keys.features_manifest(version), manifest)
     spec = training.job_spec(settings(), lake, "run-1", version, list(entries), smoke=True)

@@ -55,7 +55,7 @@ def test_no_window_and_no_label_spans_an_outage_or_the_split() -> None:
     present = [*range(0, 200), *range(230, 420), *range(421, 600)]
     frame = synthetic(present)
 
-    data = build("X", frame, ("a", "b"), CONFIG)
+    data = build("X", frame, ("a", "b"), CONFIG, [])
 
     border = (datetime.fromisoformat(data.split) - START) // timedelta(minutes=1)
     there = set(present)
@@ -71,7 +71,7 @@ def test_no_window_and_no_label_spans_an_outage_or_the_split() -> None:
 def test_every_row_that_may_be_used_is_used() -> None:
     frame = synthetic(list(range(400)))
 
-    data = build("X", frame, ("a", "b"), CONFIG)
+    data = build("X", frame, ("a", "b"), CONFIG, [])
 
     assert (data.train[0], data.train[-1]) == (9, 294), "from the first whole window to the last label before row 300"
     assert (data.validation[0], data.validation[-1]) == (329, 394), "from split + embargo + window to the last label"
@@ -80,10 +80,25 @@ def test_every_row_that_may_be_used_is_used() -> None:
     assert data.counts["without_window"] == 9
 
 
+def test_a_filled_minute_stands_in_windows_and_is_no_anchor() -> None:
+    """It is there because a trade came later; live refuses such a minute."""
+    frame = synthetic(list(range(400)))
+    filled = [("2025-05-05T00:50Z", 3), ("2025-05-05T05:40Z", 1), ("2025-05-05T09:00Z", 2)]
+
+    plain, data = build("X", frame, ("a", "b"), CONFIG, []), build("X", frame, ("a", "b"), CONFIG, filled)
+
+    assert set(plain.train) - set(data.train) == {50, 51, 52}
+    assert set(plain.validation) - set(data.validation) == {340}
+    assert set(data.train) <= set(plain.train)
+    assert 55 in data.train, "its window holds the filled minutes"
+    assert (plain.counts["filled"], data.counts["filled"]) == (0, 4), "of the minutes that have a row"
+    assert data.counts["at_split"] == plain.counts["at_split"]
+
+
 def test_equal_prices_are_dropped_and_counted() -> None:
     frame = synthetic(list(range(400))).with_columns(close=pl.when(pl.col("a") < 100).then(50.0).otherwise("close"))
 
-    data = build("X", frame, ("a", "b"), CONFIG)
+    data = build("X", frame, ("a", "b"), CONFIG, [])
 
     assert data.counts["equal_prices_dropped"] == 95
     assert data.train.min() == 95
@@ -94,7 +109,7 @@ def test_the_scaler_knows_the_training_rows_only() -> None:
     frame = synthetic(list(range(400)))
     spoiled = frame.with_columns(b=pl.when(pl.col("a") > 294).then(1e6).otherwise("b").cast(pl.Float32))
 
-    data, other = build("X", frame, ("a", "b"), CONFIG), build("X", spoiled, ("a", "b"), CONFIG)
+    data, other = build("X", frame, ("a", "b"), CONFIG, []), build("X", spoiled, ("a", "b"), CONFIG, [])
 
     assert data.scaler.mean.tolist() == other.scaler.mean.tolist()
     assert data.scaler.scale.tolist() == other.scaler.scale.tolist()
@@ -111,7 +126,7 @@ def test_a_constant_feature_is_centred_and_a_far_value_is_cut() -> None:
 
 def test_too_few_rows_say_so() -> None:
     with pytest.raises(PermanentTrainingError, match=r"X: 60 rows give .* training and 0 validation windows.*more days"):
-        build("X", synthetic(list(range(60))), ("a", "b"), CONFIG)
+        build("X", synthetic(list(range(60))), ("a", "b"), CONFIG, [])
 
 
 def expectation(frame: pl.DataFrame, names: tuple[str, ...] = ("a", "b")) -> FeatureFile:

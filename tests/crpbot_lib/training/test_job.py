@@ -126,6 +126,27 @@ def test_a_corrupted_features_file_is_refused(features_lake: Any, tmp_path: Path
     assert status["symbols"]["ETH-USD"]["state"] == "pending"
 
 
+def test_the_minutes_that_were_filled_are_read_from_the_sidecar(features_lake: Any, tmp_path: Path) -> None:
+    own = features_lake.copy(tmp_path)
+    respec(own, symbols=("ETH-USD",))
+    key = keys.features_sidecar(own.version, "ETH-USD")
+    own.lake.write_json(key, own.lake.read_json(key) | {"filled": [["2025-05-27T00:00Z", 3], ["2025-05-27T05:00Z", 1]]})
+
+    training_job.run(own.lake, own.run)
+
+    assert check_model(own.lake, own.run, "ETH-USD")["filled"] == 4
+
+
+def test_a_sidecar_that_is_absent_or_of_another_file_is_refused(features_lake: Any, tmp_path: Path) -> None:
+    own = features_lake.copy(tmp_path)
+    spec = training_job.read_spec(own.lake, own.run)
+    expected = spec.features["ETH-USD"]
+    with pytest.raises(PermanentTrainingError, match=r"ETH-USD: .*\.json describes a file with sha256 \w+, the manifest says 00"):
+        training_job.load_filled(own.lake, "ETH-USD", own.version, expected.model_copy(update={"sha256": "00"}))
+    with pytest.raises(PermanentTrainingError, match=r"ETH-USD: .*does not exist; build the features of this version again"):
+        training_job.load_filled(own.lake, "ETH-USD", "nope", expected)
+
+
 def test_a_file_with_a_feature_too_few_names_the_three_counts(features_lake: Any, tmp_path: Path) -> None:
     own = features_lake.copy(tmp_path)
     spec = respec(own)
