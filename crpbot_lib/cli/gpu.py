@@ -56,22 +56,23 @@ def list_(
 @app.command("reap")
 def reap_(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, do nothing")] = False,
-    run: Annotated[str, typer.Option("--run", help="end every instance of this run now, and wait for it")] = "",
+    run: Annotated[str, typer.Option("--run", help="end every instance of this run in this lake now, and wait for it")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Ends instances past their deadline (all that can be known without Airflow), or all of one run with --run. For cron."""
     with clear_errors():
-        gpu = settings().gpu
+        current, lake = open_lake()
+        gpu = current.gpu
         ec2 = clients.ec2(gpu.region)
         if run and not dry_run:
-            living = {i.id for i in instances.find(ec2, gpu.project_tag, run, instances.ALIVE)}
-            ended = terminate.terminate_run(ec2, gpu, run)
+            living = {i.id for i in instances.find(ec2, gpu.project_tag, run, instances.ALIVE, lake=lake)}
+            ended = terminate.terminate_run(ec2, lake, gpu, run)
             rows = [
                 {"id": i.id, "action": "terminated" if i.id in living else "had ended", "why": f"--run {run}", "state": i.state}
                 for i in ended
             ]
         else:
-            verdicts = reap.reap(ec2, gpu, lambda _: None, dry_run=dry_run)
+            verdicts = reap.reap(ec2, lake, gpu, lambda _: None, dry_run=dry_run)
             rows = [
                 {"id": v.instance.id, "action": v.action, "why": v.why, "state": v.instance.state}
                 for v in verdicts

@@ -53,7 +53,7 @@ def report(ec2: EC2Client, lake: Lake, gpu: GpuSettings, run: str, *, now: Calla
     """
     at = now()
     by_generation = {r.generation: r for r in records(lake, run)}
-    found = instances.find(ec2, gpu.project_tag, run)
+    found = instances.find(ec2, gpu.project_tag, run, lake=lake)
     rows = [cost_of(i, by_generation.get(i.generation), at) for i in found]
     total = {
         "run": run,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+
+from crpbot_lib.lake import Lake
 
 if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 
 # Tag keys. The dead-man's switch, the IAM policies and the reaper select by the first.
 TAG_PROJECT = "crpbot:project"
+TAG_LAKE = "crpbot:lake"
 TAG_RUN = "crpbot:run"
 TAG_GENERATION = "crpbot:generation"
 TAG_DEADLINE = "crpbot:deadline"
@@ -31,6 +35,11 @@ UTC_NOW: Callable[[], datetime] = lambda: datetime.now(UTC)  # noqa: E731
 
 class GpuError(Exception):
     """An instance could not be handled as asked; the message says what to do."""
+
+
+def lake_id(lake: Lake) -> str:
+    """The value of TAG_LAKE. Two deployments in one account give equal names to their scheduled runs; their lakes differ."""
+    return hashlib.sha256(lake.root.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,11 @@ class Instance:
 
     @property
     def generation(self) -> int:
-        return int(self.tags.get(TAG_GENERATION, "0"))
+        """The launch's generation, from 1; 0 when the tag is missing or unreadable, so that such an instance can still be ended."""
+        try:
+            return int(self.tags[TAG_GENERATION])
+        except (KeyError, ValueError):
+            return 0
 
     @property
     def alive(self) -> bool:
@@ -69,9 +82,17 @@ class Instance:
         return value if value.tzinfo else value.replace(tzinfo=UTC)
 
 
-def find(ec2: EC2Client, project: str, run: str | None = None, states: Iterable[str] = (*ALIVE, *ENDING)) -> list[Instance]:
+def find(
+    ec2: EC2Client,
+    project: str,
+    run: str | None = None,
+    states: Iterable[str] = (*ALIVE, *ENDING),
+    *,
+    lake: Lake | None = None,
+) -> list[Instance]:
     """All instances of the project, or of one run, in any of ``states``, oldest first.
 
+    ``lake``: only those that work on it. A run is known by its name and its lake together, so whoever acts on one gives both.
     An API error propagates: it is never read as "none found".
     """
     filters: list[FilterTypeDef] = [
@@ -80,6 +101,8 @@ def find(ec2: EC2Client, project: str, run: str | None = None, states: Iterable[
     ]
     if run is not None:
         filters.append({"Name": f"tag:{TAG_RUN}", "Values": [run]})
+    if lake is not None:
+        filters.append({"Name": f"tag:{TAG_LAKE}", "Values": [lake_id(lake)]})
     pages = ec2.get_paginator("describe_instances").paginate(Filters=filters)
     found = [from_api(item) for page in pages for reservation in page["Reservations"] for item in reservation["Instances"]]
     return sorted(found, key=lambda i: (i.launched_at, i.generation, i.id))

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from botocore.exceptions import ClientError
 from pydantic import BaseModel, ConfigDict
@@ -50,7 +50,18 @@ ADVICE = {
     "InvalidSubnetID.NotFound": "correct subnet_id of the GPU candidates",
     "InvalidGroup.NotFound": "correct CRPBOT_GPU__SECURITY_GROUP_IDS",
     "InvalidParameterValue": "correct the GPU settings that the message names",
+    "InvalidParameterCombination": "correct the GPU settings that the message names",
+    "AuthFailure.ServiceLinkedRoleCreationNotPermitted": (
+        "create the service-linked role AWSServiceRoleForEC2Spot once: "
+        "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"
+    ),
+    # resolve:ssm: in ImageId is read with the caller's own permissions
+    "AccessDeniedException": "give the Airflow role ssm:GetParameters on the parameter that CRPBOT_GPU__AMI names",
+    "AccessDenied": "give the Airflow role ssm:GetParameters on the parameter that CRPBOT_GPU__AMI names",
 }
+_OTHER_ADVICE = "mend what the message names (the EC2 API reference, Error codes, explains the code) and clear the task"
+# "Slow down" and "took too long" come as 4xx too, and are no refusals (EC2 API reference, "Error codes")
+_TEMPORARY = frozenset({"RequestLimitExceeded", "BandwidthLimitExceeded", "TooManyRequestsException", "SlowDown", "RequestTimeout"})
 
 
 class NoCapacityError(GpuError):
@@ -94,18 +105,29 @@ def log_stream(run: str, generation: int) -> str:
     return f"{run}/{generation:03d}"
 
 
-def candidates_by_price(ec2: EC2Client, gpu: GpuSettings) -> list[tuple[GpuCandidate, str, float]]:
-    """(candidate, market, USD an hour): spot by current price, cheapest first, then on-demand where allowed.
+class Offer(NamedTuple):
+    """A candidate in a market. Prices in USD an hour: of the cheapest zone, by which it is chosen, and of the dearest."""
 
-    The price is the newest of DescribeSpotPriceHistory over the region's zones; a type without one is left out, with a warning.
+    candidate: GpuCandidate
+    market: str
+    price: float
+    dearest: float
+
+
+def candidates_by_price(ec2: EC2Client, gpu: GpuSettings, *, now: Callable[[], datetime] = UTC_NOW) -> list[Offer]:
+    """What could be launched: spot by current price, cheapest first, then on-demand where allowed.
+
+    Spot prices are those of DescribeSpotPriceHistory, by zone of the region; a type without one is left out, with a warning.
     """
-    found: list[tuple[GpuCandidate, str, float]] = []
+    found: list[Offer] = []
     for candidate in gpu.candidates:
-        history = ec2.describe_spot_price_history(
+        # from now on, so that the answer is each zone's present price and not the changes of the last 90 days
+        pages = ec2.get_paginator("describe_spot_price_history").paginate(
             InstanceTypes=[candidate.instance_type],  # type: ignore[list-item]  # any type that the configuration names
             ProductDescriptions=["Linux/UNIX"],
-            MaxResults=20,
-        )["SpotPriceHistory"]
+            StartTime=now(),
+        )
+        history = [row for page in pages for row in page["SpotPriceHistory"]]
         if not history:
             log.warning("no spot price for %s in %s: left out", candidate.instance_type, gpu.region)
             continue
@@ -113,11 +135,12 @@ def candidates_by_price(ec2: EC2Client, gpu: GpuSettings) -> list[tuple[GpuCandi
         for row in history:
             zone, seen = row["AvailabilityZone"], (row["Timestamp"], float(row["SpotPrice"]))
             newest[zone] = max(newest.get(zone, seen), seen)
-        found.append((candidate, "spot", min(price for _, price in newest.values())))
-    found.sort(key=lambda entry: entry[2])
+        prices = [price for _, price in newest.values()]
+        found.append(Offer(candidate, "spot", min(prices), max(prices)))
+    found.sort(key=lambda offer: offer.price)
     if gpu.allow_on_demand:
         by_price = sorted(gpu.candidates, key=lambda c: c.on_demand_usd_per_hour)
-        found += [(c, "on-demand", c.on_demand_usd_per_hour) for c in by_price]
+        found += [Offer(c, "on-demand", c.on_demand_usd_per_hour, c.on_demand_usd_per_hour) for c in by_price]
     if not found:
         raise NoCapacityError(
             f"no spot price for any of {', '.join(c.instance_type for c in gpu.candidates)} in {gpu.region}: "
@@ -145,7 +168,7 @@ def ensure_instance(
     """
     from crpbot_lib.gpu.terminate import terminate, terminate_run
 
-    alive = instances.find(ec2, gpu.project_tag, run, instances.ALIVE)
+    alive = instances.find(ec2, gpu.project_tag, run, instances.ALIVE, lake=lake)
     if len(alive) > 1:
         # an older launcher and a newer one overlapped: only the newest generation may stay
         newest = max(alive, key=lambda i: (i.generation, i.launched_at))
@@ -157,7 +180,7 @@ def ensure_instance(
         log.info("instance %s (%s, %s) of %s is there already", alive[0].id, alive[0].type, alive[0].state, run)
         return alive[0]
     if alive:
-        terminate_run(ec2, gpu, run, now=now, sleep=sleep)
+        terminate_run(ec2, lake, gpu, run, now=now, sleep=sleep)
 
     record, replayed = _open_record(ec2, lake, gpu, run, now)
     while True:
@@ -166,8 +189,8 @@ def ensure_instance(
         except ClientError as error:
             code = error.response["Error"]["Code"]
             if code not in CAPACITY_ERRORS:
-                advice = ADVICE.get(code)
-                if advice is None:
+                advice = ADVICE.get(code, _OTHER_ADVICE)
+                if code not in ADVICE and not _definite(error):
                     raise
                 raise LaunchRefusedError(
                     f"AWS refused to launch {record.instance_type} ({record.market}) for {run}: {error}. What to do: {advice}."
@@ -188,11 +211,26 @@ def ensure_instance(
                 ) from error
             record = following
             continue
+        latest = records(lake, run)[-1]
+        if latest.sequence > record.sequence:
+            # this launcher was slow: another one had moved on before the call, and what it recorded last is the run's instance
+            log.warning(
+                "launch %d of %s is out of date: ending %s, going on with %d", record.sequence, run, launched.id, latest.sequence
+            )
+            terminate(ec2, [launched.id])
+            record, replayed = latest, True
+            continue
         if launched.state in instances.ENDING:
             # the recorded launch is one that has ended since: the token hands the dead instance back
             record, replayed = _new_generation(ec2, lake, gpu, run, record.sequence + 1, record.generation + 1, now), False
             continue
         return launched
+
+
+def _definite(error: ClientError) -> bool:
+    """Whether AWS said a plain no: a 4xx that is no throttling. The server's own errors may pass."""
+    status, code = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"]["Code"]
+    return 400 <= status < 500 and status not in (408, 429) and "Throttl" not in code and code not in _TEMPORARY
 
 
 def records(lake: Lake, run: str) -> list[LaunchRecord]:
@@ -207,7 +245,7 @@ def _open_record(ec2: EC2Client, lake: Lake, gpu: GpuSettings, run: str, now: Ca
     if not written:
         return _new_generation(ec2, lake, gpu, run, 1, 1, now), False
     last = written[-1]
-    ended = instances.find(ec2, gpu.project_tag, run, instances.ENDING)
+    ended = instances.find(ec2, gpu.project_tag, run, instances.ENDING, lake=lake)
     if any(i.generation == last.generation for i in ended) or last.deadline <= now():
         return _new_generation(ec2, lake, gpu, run, last.sequence + 1, last.generation + 1, now), False
     return last, True
@@ -216,9 +254,10 @@ def _open_record(ec2: EC2Client, lake: Lake, gpu: GpuSettings, run: str, now: Ca
 def _new_generation(
     ec2: EC2Client, lake: Lake, gpu: GpuSettings, run: str, sequence: int, generation: int, now: Callable[[], datetime]
 ) -> LaunchRecord:
-    choices = candidates_by_price(ec2, gpu)
-    worst = max(price for _, _, price in choices) * gpu.max_lifetime_minutes / 60
-    shown = ", ".join(f"{c.instance_type} {market} ${price:.4f}/h" for c, market, price in choices)
+    choices = candidates_by_price(ec2, gpu, now=now)
+    # AWS chooses the zone, so the worst case is the dearest one's price
+    worst = max(offer.dearest for offer in choices) * gpu.max_lifetime_minutes / 60
+    shown = ", ".join(f"{o.candidate.instance_type} {o.market} ${o.price:.4f}/h" for o in choices)
     log.info("candidates: %s; worst case of this launch $%.2f (%d min)", shown, worst, gpu.max_lifetime_minutes)
     return _write(lake, gpu, run, sequence, generation, choices, now)
 
@@ -229,8 +268,8 @@ def _next_candidate(
     """The record of the generation's next candidate; None when none is left or configured any longer."""
     if not record.remaining:
         return None
-    prices = {(c.instance_type, market): (c, market, price) for c, market, price in candidates_by_price(ec2, gpu)}
-    choices = [prices[pair] for pair in record.remaining if pair in prices]
+    offers = {(o.candidate.instance_type, o.market): o for o in candidates_by_price(ec2, gpu, now=now)}
+    choices = [offers[pair] for pair in record.remaining if pair in offers]
     return _write(lake, gpu, record.run, record.sequence + 1, record.generation, choices, now) if choices else None
 
 
@@ -240,10 +279,10 @@ def _write(
     run: str,
     sequence: int,
     generation: int,
-    choices: list[tuple[GpuCandidate, str, float]],
+    choices: list[Offer],
     now: Callable[[], datetime],
 ) -> LaunchRecord:
-    (candidate, market, price), *rest = choices
+    (candidate, market, price, _), *rest = choices
     at = now().replace(microsecond=0)
     record = LaunchRecord(
         run=run,
@@ -258,7 +297,7 @@ def _write(
         recorded_at=at,
         deadline=at + timedelta(minutes=gpu.max_lifetime_minutes),
         user_data_sha256=hashlib.sha256(_script(lake, gpu, run, generation).encode()).hexdigest(),
-        remaining=tuple((c.instance_type, m) for c, m, _ in rest),
+        remaining=tuple((o.candidate.instance_type, o.market) for o in rest),
     )
     key = keys.launch(run, sequence)
     try:
@@ -292,6 +331,7 @@ def _run_instances(ec2: EC2Client, lake: Lake, gpu: GpuSettings, record: LaunchR
     tags = {
         "Name": f"crpbot {record.run}",
         instances.TAG_PROJECT: gpu.project_tag,
+        instances.TAG_LAKE: instances.lake_id(lake),
         instances.TAG_RUN: record.run,
         instances.TAG_GENERATION: str(record.generation),
         instances.TAG_DEADLINE: record.deadline.isoformat(),

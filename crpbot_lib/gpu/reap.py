@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
+from botocore.exceptions import BotoCoreError, ClientError
+
 from crpbot_lib.config import GpuSettings
 from crpbot_lib.gpu import instances
 from crpbot_lib.gpu.instances import UTC_NOW, Instance
-from crpbot_lib.gpu.terminate import terminate
+from crpbot_lib.gpu.terminate import TerminationError, terminate
+from crpbot_lib.lake import Lake
 
 if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client
@@ -58,6 +61,7 @@ def judge(instance: Instance, run_ended: bool | None, now: datetime) -> Verdict:
 
 def reap(
     ec2: EC2Client,
+    lake: Lake,
     gpu: GpuSettings,
     run_ended: Callable[[Instance], bool | None],
     *,
@@ -66,10 +70,18 @@ def reap(
 ) -> list[Verdict]:
     """Judges every living instance of the project and acts on it; ``dry_run`` only says what it would do.
 
-    An API error propagates: "could not look" is never reported as "nothing there".
+    ``run_ended`` is asked only about instances that work on ``lake``: of another deployment's runs nothing is known here, so for
+    its instances only the deadline counts.
+    An API error while looking propagates: "could not look" is never reported as "nothing there". One while acting on an instance
+    keeps none of the others from being ended; TerminationError at the end names them all.
     """
     at = now()
-    verdicts = [judge(i, run_ended(i), at) for i in instances.find(ec2, gpu.project_tag, states=instances.ALIVE)]
+    own = instances.lake_id(lake)
+    failed: list[str] = []
+    verdicts = [
+        judge(i, run_ended(i) if i.tags.get(instances.TAG_LAKE) == own else None, at)
+        for i in instances.find(ec2, gpu.project_tag, states=instances.ALIVE)
+    ]
     for verdict in verdicts:
         i = verdict.instance
         log.log(
@@ -85,10 +97,20 @@ def reap(
         )
         if dry_run:
             continue
-        if verdict.action == "suspect":
-            ec2.create_tags(Resources=[i.id], Tags=[{"Key": instances.TAG_REAP, "Value": at.isoformat()}])
-        elif verdict.action == "terminate":
-            terminate(ec2, [i.id])
+        try:
+            if verdict.action == "suspect":
+                ec2.create_tags(Resources=[i.id], Tags=[{"Key": instances.TAG_REAP, "Value": at.isoformat()}])
+            elif verdict.action == "terminate":
+                terminate(ec2, [i.id])
+        except TerminationError as error:
+            failed.append(str(error))
+        except (ClientError, BotoCoreError) as error:
+            failed.append(f"{i.id} could not be marked: {error}")
     if not verdicts:
         log.info("no living instance tagged %s=%s", instances.TAG_PROJECT, gpu.project_tag)
+    if failed:
+        raise TerminationError(
+            f"{len(failed)} of {len(verdicts)} instances could not be handled: {'; '.join(failed)}. "
+            "The next pass tries again; end what stays by hand in the EC2 console."
+        )
     return verdicts

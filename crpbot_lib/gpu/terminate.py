@@ -13,6 +13,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from crpbot_lib.config import GpuSettings
 from crpbot_lib.gpu import instances
 from crpbot_lib.gpu.instances import UTC_NOW, GpuError, Instance
+from crpbot_lib.lake import Lake
 
 if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client
@@ -29,25 +30,33 @@ class TerminationError(GpuError):
 
 
 def terminate(ec2: EC2Client, ids: list[str]) -> None:
-    """Asks EC2 to terminate ``ids``; an id that EC2 no longer knows is as good as ended."""
+    """Asks EC2 to terminate ``ids``; an id that EC2 no longer knows is as good as ended.
+
+    Every id is asked for, whatever happens to the others; TerminationError at the end names those that EC2 refused.
+    """
+    refused: list[str] = []
     for instance_id in ids:
         try:
             ec2.terminate_instances(InstanceIds=[instance_id])
-        except ClientError as error:
-            if error.response["Error"]["Code"] != "InvalidInstanceID.NotFound":
-                raise
-            log.warning("%s is unknown to EC2 (a new instance may be invisible for a moment)", instance_id)
+        except (ClientError, BotoCoreError) as error:
+            if isinstance(error, ClientError) and error.response["Error"]["Code"] == "InvalidInstanceID.NotFound":
+                log.warning("%s is unknown to EC2 (a new instance may be invisible for a moment)", instance_id)
+            else:
+                refused.append(f"{instance_id} could not be terminated: {error}")
+    if refused:
+        raise TerminationError("; ".join(refused))
 
 
 def terminate_run(
     ec2: EC2Client,
+    lake: Lake,
     gpu: GpuSettings,
     run: str,
     *,
     now: Callable[[], datetime] = UTC_NOW,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[Instance]:
-    """Terminates every instance tagged with ``run`` and waits until each is ``terminated``.
+    """Terminates every instance tagged with ``run`` of ``lake`` and waits until each is ``terminated``.
 
     Looks twice, with ``gpu.visibility_grace_seconds`` between, before it believes that there is nothing to end. Returns the
     run's instances, all terminated. Raises TerminationError when one is not within ``gpu.termination_timeout_seconds``.
@@ -57,18 +66,18 @@ def terminate_run(
     looked_twice = False
     while True:
         try:
-            seen = instances.find(ec2, gpu.project_tag, run)
+            seen = instances.find(ec2, gpu.project_tag, run, lake=lake)
             alive = [i for i in seen if i.alive]
             if alive:
                 log.info("terminating %s of %s", ", ".join(f"{i.id} ({i.type}, {i.state})" for i in alive), run)
                 terminate(ec2, [i.id for i in alive])
             failures = 0
-        except (ClientError, BotoCoreError) as error:
+        except (ClientError, BotoCoreError, TerminationError) as error:
             failures += 1
             if failures >= _API_TRIES:
                 raise TerminationError(
                     f"EC2 answers {failures} times with an error, so it is unknown whether instances of {run} live: {error}. "
-                    "Run `crpbot gpu list`; the reaper and the instance's own deadline end what is left."
+                    "Run `crpbot gpu list`; the reaper and each instance's own deadline end what is left."
                 ) from error
             log.warning("EC2 error %d of %d while ending %s: %s", failures, _API_TRIES, run, error)
             sleep(min(30.0, 2.0**failures))

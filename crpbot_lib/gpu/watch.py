@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from crpbot_lib.config import GpuSettings
 from crpbot_lib.gpu import instances
 from crpbot_lib.gpu.instances import UTC_NOW, Instance
-from crpbot_lib.gpu.launch import log_stream
+from crpbot_lib.gpu.launch import log_stream, records
 from crpbot_lib.lake import KeyMissingError, Lake, keys
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Verdict = Literal["succeeded", "failed", "interrupted", "instance-gone", "heartbeat-stale", "boot-timeout"]
+
+_ENDS = ("succeeded", "failed", "interrupted")
+"""The states that a job writes last."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ class Outcome:
 
 @dataclass
 class Watcher:
-    """Follows generation ``generation`` of ``run``. Every ``poll`` is one round of AWS calls and never sleeps.
+    """Follows generation ``generation`` of ``run``. Every call is one round of AWS calls and never sleeps. Clocks are UTC.
 
-    ``started`` is when the watching began, for the boot timeout; clocks are UTC.
+    ``started``: when the watching began; decides nothing, the boot is measured from the instance's launch.
     """
 
     ec2: EC2Client
@@ -49,7 +52,7 @@ class Watcher:
     gpu: GpuSettings
     run: str
     generation: int
-    started: datetime
+    started: datetime | None = None
     now: Callable[[], datetime] = UTC_NOW
     _token: str | None = field(default=None, init=False)
     _gone_since: datetime | None = field(default=None, init=False)
@@ -80,7 +83,7 @@ class Watcher:
     def outcome(self) -> Outcome | None:
         """None while the job may still come to something; else how it ended."""
         # status first: an instance that ended after it wrote its status has told us how the job went
-        status = self._status()
+        status = _status(self.lake, self.run, self.generation)
         state = status.get("state") if status else None
         if state == "succeeded":
             return Outcome("succeeded", "training succeeded")
@@ -99,46 +102,75 @@ class Watcher:
             what = f"{last.id} is {last.state} ({last.reason or 'no reason given'})" if last else "no instance is visible"
             return Outcome("instance-gone", f"{what}, and the job wrote no end: {_where(status)}")
         self._gone_since = None
-        if status is None:
-            if now - self.started > timedelta(minutes=self.gpu.boot_timeout_minutes):
-                return Outcome(
-                    "boot-timeout",
-                    f"{alive[0].id} is {alive[0].state} but its job has not started within {self.gpu.boot_timeout_minutes:g} min: "
-                    "look at the instance's console output (image pull, driver)",
-                )
-            return None
-        beat = datetime.fromisoformat(str(status["heartbeat"]))
-        if now - beat > timedelta(minutes=self.gpu.heartbeat_timeout_minutes):
-            return Outcome("heartbeat-stale", f"no heartbeat from the job since {beat.isoformat()}: {_where(status)}")
-        return None
-
-    def _status(self) -> dict[str, Any] | None:
-        try:
-            status: dict[str, Any] = self.lake.read_json(keys.training_run(self.run, "status.json"))
-        except KeyMissingError:
-            return None
-        # an earlier generation's last word says nothing about this one
-        return status if int(status.get("generation", 0)) == self.generation else None
+        return _overdue(status, alive[0], self.gpu, now)
 
     def _instances(self) -> tuple[list[Instance], Instance | None]:
-        mine = [i for i in instances.find(self.ec2, self.gpu.project_tag, self.run) if i.generation == self.generation]
+        mine = [
+            i for i in instances.find(self.ec2, self.gpu.project_tag, self.run, lake=self.lake) if i.generation == self.generation
+        ]
         return [i for i in mine if i.alive], mine[-1] if mine else None
 
 
-def job_failed(lake: Lake, run: str) -> Callable[[Instance], bool]:
-    """Says of an instance whether its job has already ended without success, so that a retry needs another instance."""
+def job_failed(lake: Lake, gpu: GpuSettings, run: str, *, now: Callable[[], datetime] = UTC_NOW) -> Callable[[Instance], bool]:
+    """Says of a living instance whether its job came to nothing, so that a retry needs another instance: it has ended without
+    success, its heartbeat has stopped, or it has not begun within the boot timeout."""
 
     def failed(instance: Instance) -> bool:
-        try:
-            status = lake.read_json(keys.training_run(run, "status.json"))
-        except KeyMissingError:
-            return False
-        return int(status.get("generation", 0)) == instance.generation and status.get("state") in (
-            "failed",
-            "interrupted",
-        )
+        status = _status(lake, run, instance.generation)
+        if status is not None and status.get("state") in _ENDS:
+            return bool(status["state"] != "succeeded")
+        return _overdue(status, instance, gpu, now()) is not None
 
     return failed
+
+
+def job_succeeded(lake: Lake, run: str) -> bool:
+    """Whether the run's training is done: the instance of its last recorded launch said so. Another one would do it again."""
+    launched = records(lake, run)
+    status = _status(lake, run, launched[-1].generation) if launched else None
+    return status is not None and status.get("state") == "succeeded"
+
+
+def clear_status(lake: Lake, run: str) -> None:
+    """Takes back the last word of the run's earlier job, so that the run is trained anew. For a deliberate repetition.
+
+    The status of a job that may still be at work stays: without it the job would look as if it had never begun.
+    """
+    key = keys.training_run(run, "status.json")
+    try:
+        state = lake.read_json(key).get("state")
+    except KeyMissingError:
+        return
+    if state in _ENDS:
+        # generation 0 is nobody's; the other fields are those that a reader of any status expects
+        cleared = {"run": run, "state": "cleared", "generation": 0, "error": None, "permanent": False, "symbols": {}}
+        lake.write_json(key, cleared)
+
+
+def _status(lake: Lake, run: str, generation: int) -> dict[str, Any] | None:
+    try:
+        status: dict[str, Any] = lake.read_json(keys.training_run(run, "status.json"))
+    except KeyMissingError:
+        return None
+    # another generation's word says nothing about this one
+    return status if int(status.get("generation", 0)) == generation else None
+
+
+def _overdue(status: dict[str, Any] | None, instance: Instance, gpu: GpuSettings, now: datetime) -> Outcome | None:
+    """What is wrong with a job that has not ended, on an instance that lives; None while all is well."""
+    if status is None:
+        # from the launch, and not from when somebody began to watch: a retry gives a dead boot no new time
+        if now - instance.launched_at > timedelta(minutes=gpu.boot_timeout_minutes):
+            return Outcome(
+                "boot-timeout",
+                f"{instance.id} is {instance.state} but its job has not started within {gpu.boot_timeout_minutes:g} min: "
+                "look at the instance's console output (image pull, driver)",
+            )
+        return None
+    beat = datetime.fromisoformat(str(status["heartbeat"]))
+    if now - beat > timedelta(minutes=gpu.heartbeat_timeout_minutes):
+        return Outcome("heartbeat-stale", f"no heartbeat from the job since {beat.isoformat()}: {_where(status)}")
+    return None
 
 
 def _where(status: dict[str, Any] | None) -> str:

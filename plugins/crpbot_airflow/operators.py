@@ -47,14 +47,23 @@ def _ensure(context: Context, run: str) -> Instance:
             run,
             dag=dag_run.dag_id,
             dag_run=dag_run.run_id,
-            replace=watch.job_failed(lake, run),
+            replace=watch.job_failed(lake, current.gpu, run),
         )
     except launch.LaunchRefusedError as error:
         raise AirflowFailException(str(error)) from error
 
 
+def _already_trained(run: str) -> bool:
+    """Whether another instance would repeat what is done: a task may run again after the job has ended and its instance too."""
+    done = watch.job_succeeded(Lake(settings().lake), run)
+    if done:
+        log.info("%s is trained already: its last job succeeded, nothing is launched", run)
+    return done
+
+
 class LaunchTrainingInstance(EC2CreateInstanceOperator):
-    """The run's one instance, launched if there is none. A second call, by a retry or a clear, finds the first one's by tag.
+    """The run's one instance, launched if there is none. A second call, by a retry or a clear, finds the first one's by tag, and
+    launches nothing where the training is done already.
 
     :param run: the name of the training run.
     """
@@ -67,6 +76,8 @@ class LaunchTrainingInstance(EC2CreateInstanceOperator):
         self.run = run
 
     def execute(self, context: Context) -> dict[str, str]:
+        if _already_trained(self.run):
+            return {"run": self.run}
         instance = _ensure(context, self.run)
         EC2InstanceDashboardLink.persist(
             context=context,
@@ -96,7 +107,9 @@ class TrainOnInstance(BaseOperator):
         super().__init__(**kwargs)
         self.run = run
 
-    def execute(self, context: Context) -> NoReturn:
+    def execute(self, context: Context) -> dict[str, Any]:
+        if _already_trained(self.run):
+            return {"verdict": "succeeded", "message": "training had succeeded before this try", "permanent": False}
         instance = _ensure(context, self.run)
         gpu = settings().gpu
         self.log.info("following %s on %s (generation %d)", self.run, instance.id, instance.generation)
@@ -132,7 +145,8 @@ class TerminateRunInstances(EC2TerminateInstanceOperator):
         self.run = run
 
     def execute(self, context: Context) -> list[dict[str, str]]:  # noqa: ARG002
-        ended = terminate.terminate_run(self.hook.conn, settings().gpu, self.run)
+        current = settings()
+        ended = terminate.terminate_run(self.hook.conn, Lake(current.lake), current.gpu, self.run)
         if not ended:
             self.log.info("no instance of %s was ever launched", self.run)
         return [{"instance": i.id, "type": i.type, "state": i.state, "reason": i.reason} for i in ended]
@@ -158,7 +172,8 @@ class ReapInstances(BaseOperator):
                 self.log.warning("state of %s/%s unknown (%s); only the deadline counts for %s", dag, dag_run, error, instance.id)
                 return None
 
-        verdicts = reap.reap(_ec2_hook().conn, settings().gpu, run_ended)
+        current = settings()
+        verdicts = reap.reap(_ec2_hook().conn, Lake(current.lake), current.gpu, run_ended)
         counts = {"keep": 0, "suspect": 0, "terminate": 0}
         for verdict in verdicts:
             counts[verdict.action] += 1

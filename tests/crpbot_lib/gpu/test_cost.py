@@ -56,7 +56,8 @@ def test_an_instance_without_a_record_has_an_unknown_price_not_a_zero() -> None:
 
 def test_a_runs_report_is_kept_in_the_lake(ec2: Any, gpu: GpuSettings, lake: Lake, run: str) -> None:
     launched = launch.ensure_instance(ec2, lake, gpu, run)
-    terminate_run(ec2, gpu, run)
+    terminate_run(ec2, lake, gpu, run)
+    launch.ensure_instance(ec2, Lake(f"{lake.root}/other"), gpu, run)  # a run of the same name is another deployment's bill
     report = cost.report(ec2, lake, gpu, run)
     (row,) = report["instances"]
     assert (row["id"], row["state"], row["usd_per_hour"]) == (launched.id, "terminated", 0.16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from crpbot_lib.config import GpuSettings
 from crpbot_lib.gpu import instances, launch, reap
 from crpbot_lib.gpu.instances import Instance
+from crpbot_lib.gpu.terminate import TerminationError
 from crpbot_lib.lake import Lake
 
 NOW = datetime(2025, 5, 29, 12, tzinfo=UTC)
@@ -47,11 +49,11 @@ def test_an_instance_past_its_deadline_is_ended_and_a_dry_run_only_says_so(
     launched = launch.ensure_instance(ec2, lake, gpu, run)
     later = datetime.now(UTC) + timedelta(minutes=gpu.max_lifetime_minutes + 1)
 
-    (verdict,) = reap.reap(ec2, gpu, lambda _: False, dry_run=True, now=lambda: later)
+    (verdict,) = reap.reap(ec2, lake, gpu, lambda _: False, dry_run=True, now=lambda: later)
     assert verdict.action == "terminate"
     assert [i.id for i in instances.find(ec2, gpu.project_tag, states=instances.ALIVE)] == [launched.id]
 
-    reap.reap(ec2, gpu, lambda _: False, now=lambda: later)
+    reap.reap(ec2, lake, gpu, lambda _: False, now=lambda: later)
     until(lambda: not instances.find(ec2, gpu.project_tag, states=instances.ALIVE))
 
 
@@ -60,12 +62,42 @@ def test_an_ended_runs_instance_takes_two_passes(
 ) -> None:
     launch.ensure_instance(ec2, lake, gpu, run)
     later = datetime.now(UTC) + reap.BOOT_GRACE + timedelta(minutes=1)
-    actions = [reap.reap(ec2, gpu, lambda _: True, now=lambda: later)[0].action for _ in range(2)]
+    actions = [reap.reap(ec2, lake, gpu, lambda _: True, now=lambda: later)[0].action for _ in range(2)]
     assert actions == ["suspect", "terminate"]
     until(lambda: not instances.find(ec2, gpu.project_tag, states=instances.ALIVE))
+
+
+def test_of_another_lakes_runs_nothing_is_known_here_so_only_the_deadline_counts(
+    ec2: Any, gpu: GpuSettings, lake: Lake, tmp_path: Path, until: Callable[..., None], run: str
+) -> None:
+    launch.ensure_instance(ec2, Lake(f"file://{tmp_path}/other"), gpu, run)
+    later = datetime.now(UTC) + reap.BOOT_GRACE + timedelta(minutes=1)
+    actions = [reap.reap(ec2, lake, gpu, lambda _: True, now=lambda: later)[0].action for _ in range(2)]
+    assert actions == ["keep", "keep"]
+
+    past = datetime.now(UTC) + timedelta(minutes=gpu.max_lifetime_minutes + 1)
+    reap.reap(ec2, lake, gpu, lambda _: False, now=lambda: past)
+    until(lambda: not instances.find(ec2, gpu.project_tag, states=instances.ALIVE))
+
+
+def test_an_instance_that_cannot_be_ended_shields_no_other_and_is_named_at_the_end(
+    ec2: Any, gpu: GpuSettings, lake: Lake, run: str, until: Callable[..., None]
+) -> None:
+    shielded = launch.ensure_instance(ec2, lake, gpu, f"{run}-a")
+    odd = launch.ensure_instance(ec2, lake, gpu, f"{run}-b")
+    ec2.create_tags(Resources=[odd.id], Tags=[{"Key": instances.TAG_GENERATION, "Value": "one"}])
+    launch.ensure_instance(ec2, lake, gpu, f"{run}-c")
+    ec2.modify_instance_attribute(InstanceId=shielded.id, DisableApiTermination={"Value": True})
+    past = datetime.now(UTC) + timedelta(minutes=gpu.max_lifetime_minutes + 1)
+    try:
+        with pytest.raises(TerminationError, match=f"1 of 3 instances could not be handled: {shielded.id}"):
+            reap.reap(ec2, lake, gpu, lambda _: False, now=lambda: past)
+        until(lambda: [i.id for i in instances.find(ec2, gpu.project_tag, states=instances.ALIVE)] == [shielded.id])
+    finally:
+        ec2.modify_instance_attribute(InstanceId=shielded.id, DisableApiTermination={"Value": False})
 
 
 def test_another_projects_instance_is_never_looked_at(ec2: Any, gpu: GpuSettings, lake: Lake) -> None:
     launch.ensure_instance(ec2, lake, gpu.model_copy(update={"project_tag": "somebody-else"}), "run-x")
     later = datetime.now(UTC) + timedelta(days=1)
-    assert reap.reap(ec2, gpu, lambda _: True, now=lambda: later) == []
+    assert reap.reap(ec2, lake, gpu, lambda _: True, now=lambda: later) == []
