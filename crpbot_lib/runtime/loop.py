@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from crpbot_lib import registry
 from crpbot_lib.config import Settings
-from crpbot_lib.features import DataFetcher, FeatureError
+from crpbot_lib.features import DataFetcher, FeatureError, catalog
 from crpbot_lib.lake import Lake, LakeError
 from crpbot_lib.market_data import MarketData, MarketDataError
 from crpbot_lib.runtime import telegram
@@ -153,6 +153,13 @@ def _load(settings: Settings, lake: Lake, mode: Mode, versions: Mapping[str, str
     models = {symbol: registry.load_model(settings, lake, version, symbol) for symbol, version in versions.items()}
     if mode == "live" and (smoke := [s for s, checkpoint in models.items() if checkpoint.smoke]):
         raise RuntimeRefusedError(f"SMOKE models of {', '.join(smoke)}: live mode refuses them always; promote real models")
+    window = settings.runtime.window_minutes
+    for symbol, checkpoint in models.items():
+        if window < (needed := catalog.SEGMENT_WARM_UP + checkpoint.config.sequence):
+            raise RuntimeRefusedError(
+                f"runtime.window_minutes is {window}: {symbol} needs at least {needed}, {catalog.SEGMENT_WARM_UP} of warm-up and "
+                f"{checkpoint.config.sequence} of the model's window; raise CRPBOT_RUNTIME__WINDOW_MINUTES"
+            )
     return models
 
 

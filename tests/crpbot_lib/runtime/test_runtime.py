@@ -149,6 +149,23 @@ def test_without_as_of_each_round_waits_for_a_minute_to_close(published: tuple[A
     assert [p["at"] for p in result["predictions"]] == [(AT + i * MINUTE).isoformat() for i in range(3)]
 
 
+def test_a_window_too_short_for_the_warm_up_and_the_model_is_refused_at_the_start(
+    published: tuple[Any, str], recorded: Any
+) -> None:
+    own, version = published
+    needed = catalog.SEGMENT_WARM_UP + 60
+
+    def dry_run(window_minutes: int) -> dict[str, Any]:
+        config = Settings(runtime=RuntimeSettings(as_of=AT, window_minutes=window_minutes))
+        return runtime.run(config, own.lake, "dryrun", 1, version, symbols=["ETH-USD"], source=recorded)
+
+    assert len(dry_run(needed)["predictions"]) == 1
+    with pytest.raises(
+        RuntimeRefusedError, match=rf"window_minutes is {needed - 1}: ETH-USD needs at least {needed}, .*WINDOW_MIN"
+    ):
+        dry_run(needed - 1)
+
+
 def test_points_are_fetched_again_only_once_a_new_one_can_have_appeared(published: tuple[Any, str], recorded: Any) -> None:
     own, version = published
     time = Minutes(datetime(2025, 5, 29, 1, 20, 30, tzinfo=UTC))
