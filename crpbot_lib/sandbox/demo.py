@@ -118,8 +118,8 @@ class Demo:
         with local_cloud(self.state / "cloud", marker, *arguments) as cloud:
             env = profile(cloud["env"])
             if self.source == "live":
-                env["CRPBOT_COINBASE_URL"] = "https://api.coinbase.com"
-                self.say("candles: LIVE from Coinbase's public API; CoinGecko fundamentals: SYNTHETIC, from the local cloud")
+                env["CRPBOT_COINBASE_URL"] = settings().coinbase_url
+                self.say(f"candles: LIVE from {settings().coinbase_url}; CoinGecko fundamentals: SYNTHETIC, from the local cloud")
             else:
                 data = cloud["data"]
                 self.say(f"data: {data['kind']}" + (f", from {data['folder']}" if data["folder"] else ""))
