@@ -80,6 +80,11 @@ class GpuSettings(_Model):
     uses always."""
 
 
+class FeatureSettings(_Model):
+    min_row_share: float = Field(default=0.5, ge=0, le=1)
+    """The gate refuses a file that has a row for fewer of its interval's minutes than this."""
+
+
 class TrainingSettings(_Model):
     prefix: str = "models"
     days: int = Field(default=30, ge=1)
@@ -147,6 +152,7 @@ class Settings(BaseSettings):
     """Of one process; the smallest paid plan allows 500 requests a minute."""
     symbols: tuple[Symbol, ...] = DEFAULT_SYMBOLS
     gpu: GpuSettings = GpuSettings()
+    features: FeatureSettings = FeatureSettings()
     training: TrainingSettings = TrainingSettings()
     promotion: PromotionSettings = PromotionSettings()
     runtime: RuntimeSettings = RuntimeSettings()
@@ -166,7 +172,14 @@ class Settings(BaseSettings):
         if path and not os.path.isfile(path):
             raise ValueError(f"CRPBOT_CONFIG={path!r} is no file: correct the path, or unset it to use the environment alone")
         sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
-        return (*sources, TomlConfigSettingsSource(settings_cls, path)) if path else sources
+        if not path:
+            return sources
+        file = TomlConfigSettingsSource(settings_cls, path)
+        # the environment holds names of other programs, the file only ours
+        if unknown := sorted(file.toml_data.keys() - settings_cls.model_fields.keys()):
+            known = ", ".join(settings_cls.model_fields)
+            raise ValueError(f"CRPBOT_CONFIG={path!r}: no setting is called {', '.join(unknown)}; there are {known}")
+        return (*sources, file)
 
     def symbol(self, name: str) -> Symbol:
         """The table's entry of ``name``; ValueError names the known symbols."""

@@ -9,6 +9,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Iterable
+from datetime import date, timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,6 +45,12 @@ CANDLE_LEAD_DAYS = 1
 longer run even where its first minutes had no trade."""
 HOURLY_LEAD_DAYS = 17
 """Days of hourly CoinGecko points read before an interval: 408 points for the 400 of the warm-up."""
+
+
+def first_hourly_day(start: date, listed: date) -> date:
+    """The first UTC day whose hourly points are read for features from ``start`` on: there are none before the listing."""
+    return max(start - timedelta(days=HOURLY_LEAD_DAYS), listed)
+
 
 _SOURCES: dict[FeatureGroup, tuple[str, ...]] = {
     "base": ("base.py",),

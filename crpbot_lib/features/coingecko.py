@@ -26,6 +26,9 @@ PRICE, MARKET_CAP, VOLUME = pl.col("price"), pl.col("market_cap"), pl.col("total
 BB_MEAN, BB_STD, VOLUME_24H = pl.col("bb_mean"), pl.col("bb_std"), pl.col("volume_24h")
 MACD, MACD_SIGNAL = pl.col("macd"), pl.col("macd_signal")
 
+PUBLICATION_LAG = {"hourly": timedelta(minutes=5), "daily": timedelta(minutes=35)}
+"""How long after its stamp a point can be read from the API. The clients of the API make ``available_at`` with it; it stands here
+because it decides which point a row sees, and so belongs to what the catalog's hash covers."""
 HOURLY_WARM_UP = 400
 """Hours after which RSI and MACD have forgotten their start to 1e-12: (1 - 1/14)^400 and (1 - 2/27)^400 are below 1e-12."""
 MAX_HOURLY_HOLE = timedelta(hours=6)

@@ -38,6 +38,8 @@ class Engineered:
     """Minutes dropped because the candles before them begin, or begin anew after an outage, too shortly before."""
     unknown: dict[str, int]
     """Of the warm minutes: how many lack which feature. A minute may lack several."""
+    newest: list[str]
+    """What the newest minute lacks; empty when it has all, or is not warm."""
     bars: dict[str, dict[str, int]]
     """Per width, how many bars were compared with their 1-minute candles, and how many have another close."""
 
@@ -94,7 +96,15 @@ def engineer(
 
     known = rows.select(*_CARRIED, "session", "volatility_regime", *(_value(f) for f in catalog.features(groups))).collect()
     unknown = {c: known[c].null_count() for c in catalog.names(groups) if known[c].null_count()}
-    return Engineered(known.drop_nulls(), wanted, holes, wanted - known.height, unknown, compared)
+    warm = known.height and known["timestamp"][-1] == minutes["timestamp"][-1]
+    newest = [c for c in unknown if warm and known[c][-1] is None]
+    return Engineered(known.drop_nulls(), wanted, holes, wanted - known.height, unknown, newest, compared)
+
+
+def worst(unknown: Mapping[str, int]) -> str:
+    """The five features that most minutes lack, for messages: ``rsi_1h 120, macd_1h 120``."""
+    found = sorted(unknown.items(), key=lambda item: -item[1])[:5]
+    return ", ".join(f"{name} {count}" for name, count in found) or "none"
 
 
 def _rows(segment: pl.DataFrame, groups: Sequence[FeatureGroup]) -> pl.LazyFrame:

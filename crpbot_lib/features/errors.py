@@ -1,4 +1,4 @@
-"""The one error of this package."""
+"""The errors of this package."""
 
 
 class FeatureError(ValueError):
@@ -6,3 +6,7 @@ class FeatureError(ValueError):
 
     Trying again changes nothing: the input or the code has to.
     """
+
+
+class NoRowError(FeatureError):
+    """The newest minute has no row, so there is nothing to decide on; the message names what it lacks. The next one may have."""

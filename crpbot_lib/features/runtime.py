@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,9 +11,10 @@ import polars as pl
 from crpbot_lib import config
 from crpbot_lib.config import TIMEFRAME_SECONDS, Symbol
 from crpbot_lib.features import candles, catalog, multi_timeframe
-from crpbot_lib.features.engineer import engineer
-from crpbot_lib.features.errors import FeatureError
+from crpbot_lib.features.engineer import Engineered, engineer, worst
+from crpbot_lib.features.errors import FeatureError, NoRowError
 from crpbot_lib.features.feature import CLOSES_AFTER
+from crpbot_lib.features.history import check_history
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +55,8 @@ def engineer_runtime_features(
 
     ``df`` has ``timestamp`` (UTC open time) as a column or as its index, and open, high, low, close, volume; the last row is the
     candle that has just closed. Only rows from ``SEGMENT_WARM_UP`` minutes on come back; values equal the training file's from
-    one day of candles on. FeatureError when the flags contradict the symbol's catalog.
+    one day of candles on. FeatureError when the flags contradict the symbol's catalog, or the input is not usable (as in training);
+    NoRowError, one of them, when the newest minute has no row.
     """
     entry = config.settings().symbol(symbol)
     check_flags(entry, include_multi_tf, include_coingecko)
@@ -71,7 +74,24 @@ def engineer_runtime_features(
         points["hourly"] = data_fetcher.hourly(entry.coin, first - timedelta(days=catalog.HOURLY_LEAD_DAYS), end)
     if "coingecko_daily" in entry.feature_groups:
         points["daily"] = data_fetcher.daily(entry.coin, _midnight(entry.coin_listed), end)
-    return engineer(symbol, entry.feature_groups, by_width, points).frame.to_pandas()
+        check_history(entry, points["daily"], first)
+    built = engineer(symbol, entry.feature_groups, by_width, points)
+    newest = minutes["timestamp"][-1]
+    if built.frame.is_empty() or built.frame["timestamp"][-1] != newest:
+        raise NoRowError(f"{symbol}: the newest minute, {newest:%Y-%m-%d %H:%M} UTC, has no row: {_why(built)}")
+    return built.frame.to_pandas()
+
+
+def _why(built: Engineered) -> str:
+    """What the newest minute lacks, by source, and how far it goes back."""
+    groups = Counter(catalog.find(name).group for name in built.newest)
+    lacking = "; ".join(
+        f"{count} of {len(catalog.names([group]))} {group} features are unknown "
+        f"({', '.join([n for n in built.newest if catalog.find(n).group == group][:5])})"
+        for group, count in groups.most_common()
+    )
+    cold = f"it lies less than {catalog.SEGMENT_WARM_UP} minutes after the beginning of the candles, or after an outage"
+    return f"{lacking or cold}. Of {built.minutes} minutes {built.cold} are not warm; lacking a feature: {worst(built.unknown)}"
 
 
 def _midnight(day: date) -> datetime:

@@ -27,6 +27,10 @@ class KeyMissingError(LakeError):
     """Nothing is stored under this key."""
 
 
+class UnreadableError(LakeError):
+    """What is stored under this key is not what it should be; reading it again gives the same."""
+
+
 class KeyExistsError(LakeError):
     """A conditional write met an object that is there already."""
 
@@ -94,7 +98,9 @@ class Lake:
         try:
             return json.loads(data)
         except ValueError as error:
-            raise LakeError(f"{self.url(key)} is not JSON ({error}); restore it or delete it and run the step again") from error
+            raise UnreadableError(
+                f"{self.url(key)} is not JSON ({error}); restore it or delete it and run the step again"
+            ) from error
 
     def write_json(self, key: str, value: Any, *, only_if_absent: bool = False, tags: Mapping[str, str] | None = None) -> None:
         """``value`` as JSON with sorted keys: equal values give equal bytes."""
@@ -106,7 +112,9 @@ class Lake:
         try:
             return pl.read_parquet(io.BytesIO(data))
         except pl.exceptions.PolarsError as error:
-            raise LakeError(f"{self.url(key)} is not a readable parquet file ({error}); delete it and fetch it again") from error
+            raise UnreadableError(
+                f"{self.url(key)} is not a readable parquet file ({error}); delete it and fetch it again"
+            ) from error
 
     def write_frame(self, key: str, frame: pl.DataFrame) -> None:
         """``frame`` as parquet (zstd, level 1). Equal frames give equal bytes under one version of polars."""

@@ -15,7 +15,8 @@ from urllib.parse import quote
 import polars as pl
 from pydantic import SecretStr
 
-from crpbot_lib.market_data.frames import EPOCH, POINT_SCHEMA, SERIES_WIDTH, TIMESTAMP, Series, floor, in_utc
+from crpbot_lib.features.coingecko import PUBLICATION_LAG
+from crpbot_lib.market_data.frames import EPOCH, POINT_SCHEMA, SERIES_WIDTH, TIMESTAMP, Clock, Series, floor, in_utc, utc_now
 from crpbot_lib.market_data.http import HttpClient, MarketDataError, shared_limiter
 from crpbot_lib.market_data.progress import Progress
 from crpbot_lib.market_data.quality import check_points
@@ -24,27 +25,32 @@ log = logging.getLogger(__name__)
 
 REQUESTS_PER_SECOND = 8.0
 """The smallest paid plan allows 500 requests a minute."""
-LAG: dict[str, timedelta] = {"hourly": timedelta(minutes=5), "daily": timedelta(minutes=35)}
-"""How long after its stamp a point can be read from the API (features.md, Decision time)."""
+LAG = PUBLICATION_LAG
 LONGEST_RANGE: dict[str, timedelta | None] = {"hourly": timedelta(days=85), "daily": None}
 """The API gives hourly points for ranges up to about 90 days, daily points for any."""
 BEYOND: dict[str, timedelta] = {"hourly": timedelta(hours=3), "daily": timedelta(days=2)}
 """How far past its end a range is asked for: then the last point of the range is not the last of the answer, and the answer's
 last point, which may be "now", is not in the range unless the range reaches into the present."""
+NOW_POINT_AGE = timedelta(minutes=5)
+"""An off-grid point at the end of an answer is "now" when it is no older: the API keeps answers for up to 5 minutes. A point of the
+hourly series that is as young is not available yet either (its lag is as long), so nothing is lost with it."""
 COLUMNS = {"prices": "price", "market_caps": "market_cap", "total_volumes": "total_volume"}
 
 
 class CoinGeckoClient:
-    """The Pro plan of one CoinGecko host; the key travels in the header ``x-cg-pro-api-key`` only."""
+    """The Pro plan of one CoinGecko host; the key travels in the header ``x-cg-pro-api-key`` only. By ``now`` the "now" point is
+    told from the last point of a past range."""
 
     def __init__(
         self,
         url: str,
         api_key: SecretStr | str | None,
         *,
+        now: Clock = utc_now,
         requests_per_second: float = REQUESTS_PER_SECOND,
         http: HttpClient | None = None,
     ) -> None:
+        self._now = now
         key = api_key.get_secret_value() if isinstance(api_key, SecretStr) else api_key or ""
         self._http = http or HttpClient(
             "CoinGecko",
@@ -111,10 +117,10 @@ class CoinGeckoClient:
                 "interval": series,
             },
         )
-        step = SERIES_WIDTH[series]
+        step, now_since = SERIES_WIDTH[series], self._now() - NOW_POINT_AGE
         columns = [
             pl.DataFrame(
-                list(_points(body.get(name), what, name, end, step).items()),
+                list(_points(body.get(name), what, name, now_since, step).items()),
                 schema={"stamp": pl.Int64, column: pl.Float64},
                 orient="row",
             )
@@ -126,14 +132,18 @@ class CoinGeckoClient:
         stamp = (pl.col("stamp") * 1000).cast(TIMESTAMP)
         return (
             joined.sort("stamp")
-            .select(stamp.dt.truncate(step).alias("timestamp"), (stamp + LAG[series]).alias("available_at"), *COLUMNS.values())
+            .select(
+                stamp.dt.truncate(step).alias("timestamp"),
+                (stamp + LAG[series]).alias("available_at"),
+                *COLUMNS.values(),
+            )
             .filter((pl.col("available_at") - LAG[series]).is_between(start, end, closed="left"))
             .unique("timestamp", keep="first", maintain_order=True)
             .cast(dict(POINT_SCHEMA))  # type: ignore[arg-type]  # a dict of names to types is what cast takes
         )
 
 
-def _points(items: Any, what: str, name: str, end: datetime, step: timedelta) -> dict[int, float | None]:
+def _points(items: Any, what: str, name: str, now_since: datetime, step: timedelta) -> dict[int, float | None]:
     """One of the three arrays as stamp (ms) -> value, without its "now" point and without stamps that go backwards."""
     if not isinstance(items, list):
         raise MarketDataError(f"{what}: no list {name!r} in the answer")
@@ -155,11 +165,11 @@ def _points(items: Any, what: str, name: str, end: datetime, step: timedelta) ->
     backwards = sum(b[0] < a[0] for a, b in pairwise(points))
     if backwards > 1:
         log.warning("%s: %d stamps of %r go backwards and were dropped", what, backwards, name)
-    # "now" is the last point of an answer that ends in the present: off the grid, and before the end that was asked for
+    # a range that ends in the past has no "now" point: its last point is one of the series, and stays
     if (
         points
         and points[-1][0] == highest
-        and EPOCH + timedelta(milliseconds=highest) < end
+        and EPOCH + timedelta(milliseconds=highest) >= now_since
         and highest % (step // timedelta(milliseconds=1))
     ):
         del kept[highest]

@@ -15,7 +15,7 @@ from crpbot_lib.market_data.frames import Clock, utc_now
 class MarketData:
     """Candles and fundamentals as the settings' endpoints serve them; the live ``data_fetcher`` of the runtime's features.
 
-    ``now`` decides which candles are closed.
+    ``now`` decides which candles are closed, and which point is "now" and none of the series.
     """
 
     def __init__(self, settings: Settings, *, now: Clock = utc_now) -> None:
@@ -23,6 +23,7 @@ class MarketData:
         self.coingecko = CoinGeckoClient(
             settings.coingecko_url,
             settings.coingecko_api_key,
+            now=now,
             requests_per_second=settings.coingecko_requests_per_second,
         )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from crpbot_lib.config import Symbol
-from crpbot_lib.features import DataFetcher, catalog, engineer_runtime_features
+from crpbot_lib.features import DataFetcher, NoRowError, catalog, engineer_runtime_features
 from crpbot_lib.registry import AlignmentError
 from crpbot_lib.training import marked
 
@@ -55,15 +55,18 @@ class Signal:
 def live_features(symbol: Symbol, data: DataFetcher, at: datetime, window_minutes: int) -> pd.DataFrame:
     """The symbol's rows over the last ``window_minutes`` known at ``at`` (pandas, columns as in the features file).
 
-    NoDecisionError when the source has no candle there.
+    NoDecisionError when the source has no candle there, or its newest minute has no row; it names what that lacks.
     """
     minutes = data.candles(symbol.name, "1m", at - window_minutes * MINUTE, at)
     if minutes.is_empty():
         raise NoDecisionError(f"{symbol.name}: no 1m candles in the {window_minutes} minutes before {at.isoformat()}")
     groups = symbol.feature_groups
-    return engineer_runtime_features(
-        minutes.to_pandas(), symbol.name, data, "multi_timeframe" in groups, "coingecko_hourly" in groups
-    )
+    try:
+        return engineer_runtime_features(
+            minutes.to_pandas(), symbol.name, data, "multi_timeframe" in groups, "coingecko_hourly" in groups
+        )
+    except NoRowError as error:
+        raise NoDecisionError(str(error)) from error
 
 
 def selected(features: pd.DataFrame) -> list[str]:

@@ -21,9 +21,10 @@ import polars as pl
 
 from crpbot_lib.config import ALL_GROUPS, Settings, Symbol
 from crpbot_lib.features import catalog, multi_timeframe
-from crpbot_lib.features.engineer import Engineered, engineer
+from crpbot_lib.features.engineer import Engineered, engineer, worst
 from crpbot_lib.features.errors import FeatureError
-from crpbot_lib.lake import KeyMissingError, Lake, LakeError, keys
+from crpbot_lib.features.history import check_history
+from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
 
 log = logging.getLogger(__name__)
 Summary = dict[str, Any]
@@ -94,10 +95,15 @@ def plan_features(settings: Settings, lake: Lake, symbols: Sequence[str], start:
 
 
 def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -> Summary:
-    """Computes and writes one symbol's features file and its sidecar. Running it again writes the same bytes.
+    """Computes and writes one symbol's features file and its sidecar.
+
+    Running it again with the same version and number of threads of polars writes the same bytes. With another number the rolling
+    sums of a long interval are split elsewhere, and values may differ in the last bit of their float32. A version that has passed
+    the gate is never replaced by other bytes.
 
     Returns ``symbol, key, rows, dropped, features, hash, sha256, filled, outages, seconds``. MissingInputError when a partition is
-    absent, FeatureError when the inputs are not those of the plan, cannot be used, or give no row.
+    absent, FeatureError when the inputs are not those of the plan, cannot be used, give no row, or give other bytes than the gated
+    version has.
     """
     began = time.monotonic()
     if symbol not in plan["symbols"]:
@@ -112,13 +118,16 @@ def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -
     if built.frame.is_empty():
         raise FeatureError(
             f"{symbol}: no row of [{start}, {end}) could be computed: of {built.minutes} minutes with a candle {built.cold} lie "
-            f"too soon after the beginning or an outage; minutes that lack a feature: {_worst(built.unknown)}"
+            f"too soon after the beginning or an outage; minutes that lack a feature: {worst(built.unknown)}"
         )
 
     key = keys.features(plan["version"], symbol)
     buffer = BytesIO()
-    built.frame.write_parquet(buffer, compression="zstd", compression_level=1, statistics=True)
+    # rechunk: how the frame came to be in pieces must not show in the bytes
+    built.frame.rechunk().write_parquet(buffer, compression="zstd", compression_level=1, statistics=True)
     content = buffer.getvalue()
+    sha256 = hashlib.sha256(content).hexdigest()
+    _check_gated(lake, plan["version"], symbol, sha256)
     lake.write(key, content)
     within = built.holes.filter(pl.col("start") >= _midnight(start))
     filled, outages = within.filter(~pl.col("outage")), within.filter(pl.col("outage"))
@@ -140,7 +149,7 @@ def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -
             "groups": list(entry.feature_groups),
             "names": catalog.names(entry.feature_groups),
             "hash": hash_,
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": sha256,
         },
     )
     summary: Summary = {
@@ -150,7 +159,7 @@ def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -
         "dropped": built.minutes - rows,
         "features": len(catalog.names(entry.feature_groups)),
         "hash": hash_,
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "sha256": sha256,
         "filled": int(filled["minutes"].sum()),
         "outages": outages.height,
         "seconds": round(time.monotonic() - began, 2),
@@ -162,11 +171,25 @@ def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -
     return summary
 
 
+def _check_gated(lake: Lake, version: str, symbol: str, sha256: str) -> None:
+    """Refuses to go on when ``version`` has passed the gate with another file: models may have learned from it."""
+    try:
+        gated = lake.read_json(keys.features_manifest(version))["symbols"][symbol]["sha256"]
+    except KeyMissingError:
+        return
+    if gated != sha256:
+        raise FeatureError(
+            f"{symbol}: features {version} have passed the gate with sha256 {gated[:16]}…, this build gives {sha256[:16]}…; the "
+            f"file is left as it is. Use it (`crpbot features verify --version {version}`), or build with the polars and "
+            f"the POLARS_MAX_THREADS it was built with (now polars {pl.__version__}, {pl.thread_pool_size()} threads)"
+        )
+
+
 def gate_features(settings: Settings, lake: Lake, plan: Summary) -> Summary:
     """Compares the built files with the catalog, then writes the version's manifest and the pointer to the latest version.
 
     Returns the manifest. GateError lists every difference, of all symbols: counts, names, order, types, hash, nulls, rows outside
-    the interval, and columns that cannot be real (constant over days).
+    the interval, too few of them for it, and columns that cannot be real (constant over days).
     """
     version, start, end = plan["version"], date.fromisoformat(plan["start"]), date.fromisoformat(plan["end"])
     checked = [_check_file(settings, lake, version, symbol, start, end) for symbol in plan["symbols"]]
@@ -229,6 +252,7 @@ def _check_file(settings: Settings, lake: Lake, version: str, symbol: str, start
     problems = _schema_problems(frame, catalog.schema(groups))
     if not problems:
         problems = _value_problems(frame, groups, start, end)
+        problems += _share_problems(frame.height, sidecar, start, end, settings.features.min_row_share)
     if sidecar["hash"] != hash_:
         problems.append(f"built under catalog {sidecar['hash']}, today's is {hash_}; plan and build again")
     if sidecar["sha256"] != sha256:
@@ -297,6 +321,19 @@ def _value_problems(frame: pl.DataFrame, groups: Sequence[str], start: date, end
     return problems
 
 
+def _share_problems(rows: int, sidecar: Summary, start: date, end: date, least: float) -> list[str]:
+    """A file whose interval is mostly without rows: most of it would be learned from too little, or from one regime."""
+    minutes, dropped = (end - start) // timedelta(minutes=1), sidecar["dropped"]
+    if rows >= least * minutes:
+        return []
+    return [
+        f"{rows} rows for the {minutes} minutes of [{start}, {end}), {100 * rows / minutes:.1f} %, expected at least "
+        f"{100 * least:g} % (features.min_row_share): {sidecar['minutes']} minutes have a candle, {dropped['cold']} of them lie "
+        f"too soon after the beginning or an outage; minutes that lack a feature: {worst(dropped['unknown_by_feature'])}; "
+        "fetch the partitions that hold too little again and build anew"
+    ]
+
+
 def _inputs(symbol: Symbol, start: date, end: date) -> list[_Input]:
     """The partitions that the features of [start, end) need, warm-up included."""
     groups = symbol.feature_groups
@@ -304,7 +341,7 @@ def _inputs(symbol: Symbol, start: date, end: date) -> list[_Input]:
     candle_days = _days(start - catalog.CANDLE_LEAD_DAYS * DAY, end)
     found = [_Input(keys.candles(w, symbol.name, day), w, day) for w in widths for day in candle_days]
     if "coingecko_hourly" in groups:
-        hourly_days = _days(start - catalog.HOURLY_LEAD_DAYS * DAY, end)
+        hourly_days = _days(catalog.first_hourly_day(start, symbol.coin_listed), end)
         found += [_Input(keys.coingecko("hourly", symbol.coin, day), "hourly", day) for day in hourly_days]
     if "coingecko_daily" in groups:
         # one partition holds the history from the listing to its day
@@ -358,10 +395,10 @@ def _engineer(symbol: Symbol, inputs: Sequence[_Input], contents: Sequence[bytes
         try:
             frames.setdefault(one.series, []).append(pl.read_parquet(BytesIO(content)))
         except pl.exceptions.PolarsError as error:
-            raise LakeError(f"{one.key} is not a readable parquet file ({error}); delete it and fetch it again") from error
+            raise UnreadableError(f"{one.key} is not a readable parquet file ({error}); delete it and fetch it again") from error
     series = {name: pl.concat(parts) for name, parts in frames.items()}
     if "daily" in series:
-        _check_history(symbol, series["daily"], start)
+        check_history(symbol, series["daily"], _midnight(start))
     points: dict[str, Any] = {name: series.pop(name) for name in ("hourly", "daily") if name in series}
     points["all_time_high"] = list(symbol.all_time_highs)
     return engineer(
@@ -373,27 +410,8 @@ def _engineer(symbol: Symbol, inputs: Sequence[_Input], contents: Sequence[bytes
     )
 
 
-def _check_history(symbol: Symbol, daily: pl.DataFrame, start: date) -> None:
-    """Refuses a daily history that begins after the coin's listing, unless a dated record says what the high was before it."""
-    first = daily["timestamp"].min() if daily.height else None
-    if not isinstance(first, datetime):
-        raise FeatureError(f"{symbol.name}: the daily history of {symbol.coin} is empty; fetch it with `crpbot fetch coingecko`")
-    late = first.date() > symbol.coin_listed + DAY
-    if late and not any(at < _midnight(start) for _, at in symbol.all_time_highs):
-        raise FeatureError(
-            f"{symbol.name}: the daily history of {symbol.coin} begins on {first.date()}, the coin was listed on "
-            f"{symbol.coin_listed}, so its all-time high before is not known; fetch the history from the listing on, or, where the "
-            "plan does not reach that far, set dated records in the symbol's `all_time_highs`"
-        )
-
-
 def _ranges(holes: pl.DataFrame) -> list[list[Any]]:
     return [[start.strftime("%Y-%m-%dT%H:%MZ"), minutes] for start, minutes, _ in holes.iter_rows()]
-
-
-def _worst(unknown: dict[str, int]) -> str:
-    worst = sorted(unknown.items(), key=lambda item: -item[1])[:5]
-    return ", ".join(f"{name} {count}" for name, count in worst) or "none"
 
 
 def _days(start: date, end: date) -> list[date]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from crpbot_lib import market_data
 from crpbot_lib.config import ALL_GROUPS, WITHOUT_MULTI_TIMEFRAME, Settings, Symbol
-from crpbot_lib.features import FeatureError, catalog, dictionary
+from crpbot_lib.features import FeatureError, catalog, coingecko, dictionary
 
 
 def test_counts_are_those_of_the_mission() -> None:
@@ -52,6 +53,18 @@ def test_hash_changes_with_the_source_of_a_formula(tmp_path: Path, monkeypatch: 
         (folder / source.name).write_text(text.replace("4 * BB_STD / CLOSE", "3.9 * BB_STD / CLOSE"))
     monkeypatch.setattr(catalog, "__file__", str(folder / "catalog.py"))
     assert catalog._hash.__wrapped__(ALL_GROUPS) != before
+
+
+def test_hash_changes_with_the_publication_lag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It decides which point a row sees; the clients of the API take it from here."""
+    before = catalog._hash.__wrapped__(ALL_GROUPS)
+    for source in Path(catalog.__file__).parent.glob("*.py"):
+        (tmp_path / source.name).write_text(
+            source.read_text().replace('"hourly": timedelta(minutes=5)', '"hourly": timedelta(minutes=6)')
+        )
+    monkeypatch.setattr(catalog, "__file__", str(tmp_path / "catalog.py"))
+    assert catalog._hash.__wrapped__(ALL_GROUPS) != before
+    assert market_data.coingecko.LAG is coingecko.PUBLICATION_LAG
 
 
 def test_a_comment_or_a_docstring_does_not_change_the_hash() -> None:

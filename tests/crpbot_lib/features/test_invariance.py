@@ -11,8 +11,9 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from crpbot_lib.config import ALL_GROUPS
-from crpbot_lib.features import catalog, engineer, engineer_runtime_features
+from crpbot_lib import config
+from crpbot_lib.config import ALL_GROUPS, Symbol
+from crpbot_lib.features import FeatureError, NoRowError, catalog, engineer, engineer_runtime_features
 
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
 CUTS = 15
@@ -69,6 +70,15 @@ def test_where_the_computation_begins_changes_no_row(
         assert worst == {}
 
 
+@pytest.fixture
+def listed(small_market: Any, monkeypatch: pytest.MonkeyPatch) -> Symbol:
+    """BTC-USD, as configured had the coin been listed when the generated daily history begins."""
+    day = small_market.daily["timestamp"][0].date()
+    symbol = config.settings().symbol("BTC-USD").model_copy(update={"coin_listed": day})
+    monkeypatch.setattr(config, "settings", lambda: config.Settings(symbols=(symbol,)))
+    return symbol
+
+
 class Feed:
     """A data fetcher over a generated market that refuses to serve what is not closed or not available yet."""
 
@@ -90,7 +100,7 @@ class Feed:
 
 
 def test_a_day_alone_is_the_same_day_of_the_full_run_and_of_the_live_window(
-    small_market: Any, monkeypatch: pytest.MonkeyPatch
+    small_market: Any, listed: Symbol, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engineer, "VALUE", pl.Float64())
     day = small_market.minutes["timestamp"][0] + 2 * DAY
@@ -109,6 +119,7 @@ def test_a_day_alone_is_the_same_day_of_the_full_run_and_of_the_live_window(
     assert max(_differences(trained, newest).values()) < 1e-9
 
 
+@pytest.mark.usefixtures("listed")
 def test_live_and_training_values_are_equal_as_stored(small_market: Any) -> None:
     now = small_market.minutes["timestamp"][0] + 2 * DAY + 700 * MINUTE
     window = small_market.minutes.filter(pl.col("timestamp").is_between(now - 1500 * MINUTE, now, closed="left"))
@@ -117,6 +128,38 @@ def test_live_and_training_values_are_equal_as_stored(small_market: Any) -> None
     names = catalog.names(ALL_GROUPS)
     assert {str(t) for t in live[names].dtypes} == {"float32"}
     assert_frame_equal(pl.from_pandas(live.tail(60)).select(names), trained.select(names), rel_tol=1e-6, abs_tol=0)
+
+
+class TestTheNewestMinute:
+    """Without its row there is no decision, and the error says why."""
+
+    def live(self, market: Any, minutes: int) -> Any:
+        now = market.minutes["timestamp"][0] + 2 * DAY + 700 * MINUTE
+        window = market.minutes.filter(pl.col("timestamp").is_between(now - minutes * MINUTE, now, closed="left"))
+        return engineer_runtime_features(window.to_pandas(), "BTC-USD", Feed(market), True, True)
+
+    def test_a_source_that_ended_is_named_with_its_features(self, small_market: Any, listed: Symbol) -> None:
+        end = small_market.minutes["timestamp"][0] + 2 * DAY
+        stale = replace(small_market, hourly=small_market.hourly.filter(pl.col("timestamp") < end))
+        with pytest.raises(NoRowError) as caught:
+            self.live(stale, 1500)
+        assert "BTC-USD: the newest minute, 2025-05-03 11:39 UTC, has no row: 12 of 12 coingecko_hourly features" in str(
+            caught.value
+        )
+        assert "(rsi_1h, macd_1h, " in str(caught.value)
+        assert "lacking a feature: rsi_1h " in str(caught.value)
+
+    def test_a_window_that_is_too_short_is_not_warm(self, small_market: Any, listed: Symbol) -> None:
+        with pytest.raises(NoRowError, match=f"it lies less than {catalog.SEGMENT_WARM_UP} minutes after the beginning"):
+            self.live(small_market, 300)
+
+
+def test_a_truncated_daily_history_is_refused_live_as_in_training(small_market: Any, listed: Symbol) -> None:
+    """Its all-time high would be that of the weeks it has: a distance of 0."""
+    first = small_market.daily["timestamp"][0]
+    cut = replace(small_market, daily=small_market.daily.filter(pl.col("timestamp") >= first + 10 * DAY))
+    with pytest.raises(FeatureError, match=r"the daily history of bitcoin begins on .*, the coin was listed on"):
+        engineer_runtime_features(cut.minutes.to_pandas(), "BTC-USD", Feed(cut), True, True)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -75,20 +76,39 @@ class TestStampsOffTheGrid:
 
 
 class TestTheNowPoint:
-    def test_is_dropped(self, wire: Any, client: CoinGeckoClient) -> None:
+    @pytest.fixture
+    def ask(self, wire: Any) -> Callable[[datetime], CoinGeckoClient]:
+        """A client for which it is the given time."""
+        return lambda now: CoinGeckoClient(wire.url + "/api/v3", "key", now=lambda: now, requests_per_second=1e6)
+
+    @pytest.mark.parametrize("age", [timedelta(0), timedelta(minutes=4, seconds=50), -timedelta(seconds=3)])
+    def test_is_dropped(self, wire: Any, ask: Callable[[datetime], CoinGeckoClient], age: timedelta) -> None:
+        """As old as the API keeps an answer, or of a clock that is a little ahead."""
         wire.points["bitcoin", "hourly"] = [point(START + n * HOUR) for n in range(24)]
-        wire.now_point = point(START + 10 * HOUR + timedelta(minutes=13, seconds=29))
-        got = client.hourly("bitcoin", START, START + DAY)
+        moment = START + 10 * HOUR + timedelta(minutes=13, seconds=29)
+        wire.now_point = point(moment)
+        got = ask(moment + age).hourly("bitcoin", START, START + DAY)
         assert got["timestamp"][-1] == START + 10 * HOUR
 
-    def test_is_dropped_where_its_own_hour_has_no_point_yet(self, wire: Any, client: CoinGeckoClient) -> None:
+    def test_the_last_point_of_an_answer_is_kept_when_it_is_not_now(
+        self, wire: Any, ask: Callable[[datetime], CoinGeckoClient]
+    ) -> None:
+        """A range that ends in the past has no "now" point, and a live answer may lack it."""
+        last = START + 20 * HOUR + timedelta(minutes=4, seconds=12)
+        wire.points["bitcoin", "hourly"] = [point(START + n * HOUR + timedelta(minutes=4, seconds=12)) for n in range(21)]
+        for now in (last + timedelta(minutes=26), last + 40 * DAY):
+            assert ask(now).hourly("bitcoin", START, START + DAY)["timestamp"][-1] == START + 20 * HOUR
+
+    def test_is_dropped_where_its_own_hour_has_no_point_yet(self, wire: Any, ask: Callable[[datetime], CoinGeckoClient]) -> None:
         wire.points["bitcoin", "hourly"] = [point(START)]
         wire.now_point = point(START + HOUR + timedelta(seconds=3))
+        client = ask(START + HOUR + timedelta(seconds=4))
         assert client.hourly("bitcoin", START, START + DAY)["timestamp"].to_list() == [START]
 
-    def test_is_dropped_from_days(self, wire: Any, client: CoinGeckoClient) -> None:
+    def test_is_dropped_from_days(self, wire: Any, ask: Callable[[datetime], CoinGeckoClient]) -> None:
         wire.points["bitcoin", "daily"] = [point(START), point(START + DAY)]
         wire.now_point = point(START + 2 * DAY + timedelta(hours=14, minutes=39))
+        client = ask(START + 2 * DAY + timedelta(hours=14, minutes=40))
         assert client.daily("bitcoin", START, START + 5 * DAY)["timestamp"].to_list() == [START, START + DAY]
 
     def test_is_dropped_where_it_steps_back(self, wire: Any, client: CoinGeckoClient) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ import pytest
 from typer.testing import CliRunner
 
 from crpbot_lib.cli.features import app
-from crpbot_lib.config import Settings
+from crpbot_lib.config import FeatureSettings, Settings
 from crpbot_lib.features import FeatureError, catalog
 from crpbot_lib.lake import Lake, keys
+from crpbot_lib.steps import features
 from crpbot_lib.steps.features import (
     GateError,
     MissingInputError,
@@ -224,6 +227,47 @@ def test_the_sidecar_lists_filled_minutes_and_outages(settings: Settings, lake: 
     gate_features(settings, lake, plan)
 
 
+def test_the_bytes_do_not_show_how_the_frame_came_to_be_in_pieces(
+    settings: Settings, lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_features(settings, lake, ["ETH-USD"], START, END)
+    whole = build_features(settings, lake, plan, "ETH-USD")["sha256"]
+    compute = features.engineer
+
+    def in_pieces(*arguments: Any, **more: Any) -> Any:
+        built = compute(*arguments, **more)
+        return replace(built, frame=pl.concat([built.frame[:10], built.frame[10:]], rechunk=False))
+
+    monkeypatch.setattr(features, "engineer", in_pieces)
+    assert build_features(settings, lake, plan, "ETH-USD")["sha256"] == whole
+
+
+def test_a_gated_version_is_not_replaced_by_other_bytes(settings: Settings, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a build with another number of threads may give them."""
+    plan = plan_features(settings, lake, ["ETH-USD"], START, END)
+    build_features(settings, lake, plan, "ETH-USD")
+    gate_features(settings, lake, plan)
+    gated = {key: lake.read(key) for key in lake.keys("features/")}
+    compute = features.engineer
+
+    def otherwise(*arguments: Any, **more: Any) -> Any:
+        built = compute(*arguments, **more)
+        return replace(built, frame=built.frame.with_columns(pl.col("rsi") * (1 + 1e-6)))
+
+    monkeypatch.setattr(features, "engineer", otherwise)
+    with pytest.raises(FeatureError, match=rf"ETH-USD: features {plan['version']} have passed the gate with .* is left as it is"):
+        build_features(settings, lake, plan, "ETH-USD")
+    assert {key: lake.read(key) for key in lake.keys("features/")} == gated
+    verify_features(settings, lake)
+
+
+def test_hourly_points_are_asked_for_from_the_listing_on(lake: Lake) -> None:
+    """As `ensure_coverage` fetches them: there are none before it."""
+    young = Settings().symbol("ETH-USD").model_copy(update={"coin_listed": START - 5 * DAY})
+    inputs = plan_features(Settings(symbols=(young,)), lake, ["ETH-USD"], START, END)["inputs"]
+    assert inputs == 4 + (5 + 3) + 1
+
+
 class TestGate:
     """The difference is readable, names the symbol, and nothing is published."""
 
@@ -263,6 +307,32 @@ class TestGate:
         assert "sha256 of the file is" in str(caught.value)
         assert not lake.exists(keys.features_manifest(plan["version"]))
         assert not lake.exists(keys.FEATURES_LATEST)
+
+    def test_a_file_that_is_nearly_empty(self, settings: Settings, lake: Lake) -> None:
+        """Two of three days without an hourly point give few rows, and the gate says what they lack."""
+        for day in (START, START + DAY):
+            key = keys.coingecko("hourly", "ethereum", day)
+            lake.write_frame(key, lake.read_frame(key).clear())
+        plan = plan_features(settings, lake, ["ETH-USD"], START, END)
+        rows = build_features(settings, lake, plan, "ETH-USD")["rows"]
+        assert 0 < rows < 500
+        with pytest.raises(GateError) as caught:
+            gate_features(settings, lake, plan)
+        assert f"ETH-USD: {rows} rows for the 4320 minutes of [2025-05-20, 2025-05-23), " in str(caught.value)
+        assert "expected at least 50 % (features.min_row_share)" in str(caught.value)
+        assert re.search(r"minutes that lack a feature: \w+_1h 4255, \w+_1h 4255", str(caught.value))
+        assert not lake.exists(keys.features_manifest(plan["version"]))
+        lenient = Settings(features=FeatureSettings(min_row_share=0.001))
+        assert gate_features(lenient, lake, plan)["symbols"]["ETH-USD"]["rows"] == rows
+
+    def test_a_day_without_candles_counts_too(self, settings: Settings, lake: Lake) -> None:
+        for day in (START + DAY, START + 2 * DAY):
+            key = keys.candles("1m", "ETH-USD", day)
+            lake.write_frame(key, lake.read_frame(key).clear())
+        plan = plan_features(settings, lake, ["ETH-USD"], START, END)
+        build_features(settings, lake, plan, "ETH-USD")
+        with pytest.raises(GateError, match=r"1440 rows for the 4320 minutes .* 33.3 %, .*: 1440 minutes have a candle"):
+            gate_features(settings, lake, plan)
 
     def test_another_catalog(self, settings: Settings, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
         plan = plan_features(settings, lake, ["ETH-USD"], START, END)
