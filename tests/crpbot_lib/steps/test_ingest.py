@@ -13,7 +13,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from crpbot_lib.config import TIMEFRAMES, Settings, Symbol
-from crpbot_lib.lake import Lake, keys
+from crpbot_lib.lake import Lake, LakeError, keys
 from crpbot_lib.market_data import MarketDataError, QualityError
 from crpbot_lib.steps import ingest
 
@@ -191,6 +191,18 @@ class TestEnsureCoverage:
         assert (again["fetched"], again["rows"], len(wire.requests)) == (1, 288, 1)
         assert contents(lake) == before
 
+    def test_rows_missing_in_a_partition_that_is_there_are_reported(self, settings: Settings, lake: Lake, wire: Any) -> None:
+        """As one fetched in the second after midnight may lack its last minute."""
+        whole = wire.candles["BTC-USD", "1m"]
+        without(wire, "1m", MIDNIGHT + ONE - MINUTE, MIDNIGHT + ONE)
+        ingest.fetch_candles(settings, lake, "BTC-USD", "1m", DAY)
+        ingest.fetch_coingecko(settings, lake, "BTC-USD", DAY)
+        wire.candles["BTC-USD", "1m"] = whole
+        got = ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY + ONE)
+        assert (got["present"], got["missing"], got["missing_present"]) == (3, 1, 1)
+        again = ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY + ONE)
+        assert (again["fetched"], again["missing"], again["missing_present"]) == (0, 1, 1), "reported, and left alone"
+
     def test_takes_few_requests(self, settings: Settings, lake: Lake, wire: Any) -> None:
         ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY + 2 * ONE)
         by_kind = [r.query.get("granularity", r.query.get("interval")) for r in wire.requests]
@@ -329,6 +341,19 @@ class TestCheckQuality:
         filled.write(keys.candles("15m", "BTC-USD", DAY), b"PAR1")
         with pytest.raises(QualityError, match="is not a readable parquet file"):
             ingest.check_quality(settings, filled, ["BTC-USD"], DAY)
+
+    def test_a_lake_that_does_not_answer_says_nothing_about_the_data(
+        self, settings: Settings, filled: Lake, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is no QualityError, which would be permanent: the next try may find the lake there."""
+
+        def down(key: str) -> bytes:
+            raise LakeError(f"s3://bucket/{key}: connect timeout; check CRPBOT_LAKE")
+
+        monkeypatch.setattr(filled, "read", down)
+        with pytest.raises(LakeError, match="connect timeout"):
+            ingest.check_quality(settings, filled, ["BTC-USD"], DAY)
+        assert not filled.exists(keys.quality(DAY))
 
     def test_a_daily_history_that_ends_early_is_told(
         self, settings: Settings, lake: Lake, wire: Any, caplog: pytest.LogCaptureFixture
