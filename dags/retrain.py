@@ -111,14 +111,18 @@ def retrain() -> None:
 
     @task
     def reserve(run_plan: dict[str, Any], feature_plan: dict[str, Any]) -> str:
-        """Writes the job's spec. Never touches EC2: it always succeeds as a setup, so the teardown always runs."""
+        """Writes the job's spec. Never touches EC2: it always succeeds as a setup, so the teardown always runs.
+
+        Cleared by hand, it begins the training anew: the status of one that has ended is put aside."""
         from crpbot_lib import training
+        from crpbot_lib.gpu import watch
 
         def write(current: Any, lake: Any) -> str:
             spec = training.job_spec(
                 current, lake, run_plan["run"], feature_plan["version"], run_plan["symbols"], run_plan["smoke"]
             )
             training.write_job(lake, spec)
+            watch.clear_status(lake, run_plan["run"])
             return str(run_plan["run"])
 
         return run_step(write)

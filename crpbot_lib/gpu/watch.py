@@ -41,10 +41,7 @@ class Outcome:
 
 @dataclass
 class Watcher:
-    """Follows generation ``generation`` of ``run``. Every call is one round of AWS calls and never sleeps. Clocks are UTC.
-
-    ``started``: when the watching began; decides nothing, the boot is measured from the instance's launch.
-    """
+    """Follows generation ``generation`` of ``run``. Every call is one round of AWS calls and never sleeps. Clocks are UTC."""
 
     ec2: EC2Client
     logs: CloudWatchLogsClient
@@ -52,7 +49,6 @@ class Watcher:
     gpu: GpuSettings
     run: str
     generation: int
-    started: datetime | None = None
     now: Callable[[], datetime] = UTC_NOW
     _token: str | None = field(default=None, init=False)
     _gone_since: datetime | None = field(default=None, init=False)

@@ -322,7 +322,7 @@ class Demo:
 
     def _instance_table(self, lake: Lake, run: str, current: Settings) -> None:
         bill = lake.read_json(keys.training_run(run, "cost.json"))
-        now = {i.id: i.state for i in instances.find(clients.ec2(current.gpu.region), current.gpu.project_tag, run)}
+        now = {i.id: i.state for i in instances.find(clients.ec2(current.gpu.region), current.gpu.project_tag, run, lake=lake)}
         table = Table(
             "instance",
             "type",

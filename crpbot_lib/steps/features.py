@@ -129,7 +129,7 @@ def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -
     sha256 = hashlib.sha256(content).hexdigest()
     _check_gated(lake, plan["version"], symbol, sha256)
     lake.write(key, content)
-    within = built.holes.filter(pl.col("start") >= _midnight(start))
+    within = _from(built.holes, _midnight(start))
     filled, outages = within.filter(~pl.col("outage")), within.filter(pl.col("outage"))
     hash_ = catalog.catalog_hash(entry.feature_groups)
     rows = built.frame.height
@@ -407,6 +407,15 @@ def _engineer(symbol: Symbol, inputs: Sequence[_Input], contents: Sequence[bytes
         series,
         points,
         start=_midnight(start),
+    )
+
+
+def _from(holes: pl.DataFrame, begin: datetime) -> pl.DataFrame:
+    """The part of ``holes`` at or after ``begin``; a hole that spans it begins there."""
+    end = pl.col("start") + pl.duration(minutes=pl.col("minutes"))
+    left = (end - pl.max_horizontal("start", pl.lit(begin))).dt.total_minutes()
+    return holes.filter(end > begin).with_columns(
+        pl.max_horizontal("start", pl.lit(begin)).alias("start"), left.cast(holes.schema["minutes"]).alias("minutes")
     )
 
 

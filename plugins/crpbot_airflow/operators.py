@@ -20,7 +20,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from crpbot_airflow.triggers import TrainingJobTrigger
 from crpbot_lib.config import settings
 from crpbot_lib.gpu import cost, launch, reap, terminate, watch
-from crpbot_lib.gpu.instances import TAG_DAG, TAG_DAG_RUN, UTC_NOW, Instance
+from crpbot_lib.gpu.instances import TAG_DAG, TAG_DAG_RUN, Instance
 from crpbot_lib.lake import Lake
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class TrainOnInstance(BaseOperator):
         gpu = settings().gpu
         self.log.info("following %s on %s (generation %d)", self.run, instance.id, instance.generation)
         self.defer(
-            trigger=TrainingJobTrigger(run=self.run, generation=instance.generation, started=UTC_NOW().isoformat()),
+            trigger=TrainingJobTrigger(run=self.run, generation=instance.generation),
             method_name="execute_complete",
             timeout=timedelta(minutes=gpu.max_lifetime_minutes + gpu.boot_timeout_minutes),
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
@@ -28,15 +27,13 @@ class TrainingJobTrigger(BaseTrigger):
     with the same arguments and so re-attaches; it launches nothing.
     """
 
-    def __init__(self, run: str, generation: int, started: str) -> None:
+    def __init__(self, run: str, generation: int) -> None:
         super().__init__()
         self.run_name = run
         self.generation = generation
-        self.started = started
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
-        arguments = {"run": self.run_name, "generation": self.generation, "started": self.started}
-        return "crpbot_airflow.triggers.TrainingJobTrigger", arguments
+        return "crpbot_airflow.triggers.TrainingJobTrigger", {"run": self.run_name, "generation": self.generation}
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         # boto3 is synchronous: its calls run in a thread, so that one slow answer does not hold up the other triggers
@@ -99,5 +96,4 @@ class TrainingJobTrigger(BaseTrigger):
             gpu=current.gpu,
             run=self.run_name,
             generation=self.generation,
-            started=datetime.fromisoformat(self.started),
         )

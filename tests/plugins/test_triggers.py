@@ -41,7 +41,7 @@ def follow(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], l
     from crpbot_airflow import triggers
 
     monkeypatch.setattr(triggers, "_SETTLE_SECONDS", 0.05)
-    trigger = triggers.TrainingJobTrigger(run="run-a", generation=1, started="2025-05-29T00:00:00+00:00")
+    trigger = triggers.TrainingJobTrigger(run="run-a", generation=1)
     monkeypatch.setattr(trigger, "_watcher", lambda: job)
     logged: list[str] = []
     monkeypatch.setattr(trigger.log, "info", lambda message, *args: logged.append(message % args))
@@ -81,6 +81,6 @@ def test_aws_away_for_a_while_is_survived_and_for_long_is_told(monkeypatch: pyte
 def test_a_restarted_triggerer_makes_the_same_trigger_again() -> None:
     from crpbot_airflow.triggers import TrainingJobTrigger
 
-    path, arguments = TrainingJobTrigger(run="run-a", generation=2, started="2025-05-29T00:00:00+00:00").serialize()
+    path, arguments = TrainingJobTrigger(run="run-a", generation=2).serialize()
     assert path == "crpbot_airflow.triggers.TrainingJobTrigger"
     assert TrainingJobTrigger(**arguments).serialize() == (path, arguments)

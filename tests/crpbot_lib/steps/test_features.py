@@ -207,6 +207,18 @@ def test_a_history_that_begins_late_needs_a_dated_record(lake: Lake) -> None:
     assert lake.read_frame(keys.features(plan["version"], "SOL-USD"))["days_since_ath"][-1] == pytest.approx(123)
 
 
+def test_a_hole_that_spans_the_interval_s_first_midnight_is_listed_from_there(settings: Settings, lake: Lake) -> None:
+    """Its filled minutes are rows like others of that kind, and must not become anchors of a training window."""
+    times, midnight = pl.col("timestamp"), _at(START)
+    for day in (START - DAY, START):
+        key = keys.candles("1m", "ETH-USD", day)
+        missing = times.is_between(midnight - 3 * MINUTE, midnight + 4 * MINUTE)
+        lake.write_frame(key, lake.read_frame(key).filter(~missing))
+    plan = plan_features(settings, lake, ["ETH-USD"], START, END)
+    build_features(settings, lake, plan, "ETH-USD")
+    assert lake.read_json(keys.features_sidecar(plan["version"], "ETH-USD"))["filled"] == [["2025-05-20T00:00Z", 5]]
+
+
 def test_the_sidecar_lists_filled_minutes_and_outages(settings: Settings, lake: Lake) -> None:
     day = START + DAY
     silent, gone = _at(day) + timedelta(hours=2), _at(day) + timedelta(hours=5)
