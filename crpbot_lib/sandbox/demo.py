@@ -21,7 +21,6 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import requests
 from rich.console import Console
 from rich.table import Table
 
@@ -381,7 +380,7 @@ def _why(airflow: LocalAirflow, dag: str, run: str) -> str:
     failed = [t for t in airflow.tasks(dag, run) if t["state"] == "failed" and t["task_id"] != "verdict"]
     parts = []
     for t in failed:
-        with contextlib.suppress(requests.RequestException):
+        with contextlib.suppress(AirflowError):
             lines = airflow.task_log(dag, run, t["task_id"], t["try_number"] or 1, t["map_index"]).splitlines()
             errors = [line for line in lines if "Error" in line or "Exception" in line]
             parts.append(f"{t['task_id']}: {(errors or lines or ['no log'])[-1]}")

@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,6 +38,7 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
 }
 USER = "admin"
 ENDED = ("success", "failed")
+_ATTEMPTS = 8
 
 
 class AirflowError(Exception):
@@ -83,8 +85,7 @@ class LocalAirflow:
             "AIRFLOW__API__WORKERS": "1",
             "AIRFLOW__API__SECRET_KEY": secrets.token_hex(16),
             "AIRFLOW__API_AUTH__JWT_SECRET": secrets.token_hex(32),
-            # the default of 5 s is not enough for the API while the scheduler expands many tasks on a busy machine
-            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home / 'airflow.db'}?timeout=60",
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home / 'airflow.db'}",
             "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "30",
             "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "2",
             "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.5",
@@ -154,10 +155,13 @@ class LocalAirflow:
 
     def trigger(self, dag: str, *, conf: dict[str, Any] | None = None, partition_key: str | None = None) -> str:
         """Starts a run and returns its id."""
-        body: dict[str, Any] = {"logical_date": None, "conf": conf or {}}
+        # named here, so that asking again after a lost answer starts no second run
+        name = f"manual__{datetime.now(UTC).isoformat(timespec='seconds')}_{uuid.uuid4().hex[:6]}"
+        body: dict[str, Any] = {"dag_run_id": name, "logical_date": None, "conf": conf or {}}
         if partition_key is not None:
             body["partition_key"] = partition_key
-        return str(self._request("POST", f"dags/{dag}/dagRuns", body)["dag_run_id"])
+        self._request("POST", f"dags/{dag}/dagRuns", body, known=409)
+        return name
 
     def runs(self, dag: str) -> list[dict[str, Any]]:
         """The runs of a DAG, newest first."""
@@ -244,27 +248,33 @@ class LocalAirflow:
     def _get(self, path: str, **query: Any) -> Any:
         return self._request("GET", path, None, query)
 
-    def _request(self, method: str, path: str, body: dict[str, Any] | None, query: dict[str, Any] | None = None) -> Any:
-        headers = {"Accept": "application/json"}
-        for attempt in _attempts(5):
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None, query: dict[str, Any] | None = None, known: int | None = None
+    ) -> Any:
+        """One answer of the REST API. Every request of this class may be repeated, so each is, where Airflow is busy: on SQLite,
+        whose one writer it waits for, it answers 500 after five seconds. ``known`` is a status that means "done before"."""
+        trouble = ""
+        for attempt in range(_ATTEMPTS):
+            time.sleep(0.5 * attempt)
             try:
-                answer = self._http.request(
-                    method, f"{self.url}/api/v2/{path}", json=body, params=query, headers=headers, timeout=60
-                )
-            except requests.ConnectionError:
-                # a busy machine: the one API worker may be restarting
-                if attempt == 4 or method == "POST":
-                    raise
+                answer = self._http.request(method, f"{self.url}/api/v2/{path}", json=body, params=query, timeout=30)
+                if answer.status_code == 401:
+                    self._login()
+                    continue
+            except requests.RequestException as error:
+                trouble = str(error)
                 continue
-            if answer.status_code == 401:
-                self._login()
-                continue
-            if answer.status_code >= 500 and method == "GET" and attempt < 4:
-                continue
-            if not answer.ok:
+            if answer.status_code >= 500:
+                trouble = f"{answer.status_code}: {answer.text[:500]}"
+            elif answer.ok:
+                return answer.json() if answer.content else None
+            elif answer.status_code == known:
+                return None
+            else:
                 raise AirflowError(f"{method} {path} answered {answer.status_code}: {answer.text[:500]}")
-            return answer.json() if answer.content else None
-        raise AirflowError(f"{method} {path}: no usable answer from {self.url}")
+        raise AirflowError(
+            f"{method} {path}: no usable answer from {self.url} in {_ATTEMPTS} tries ({trouble}); logs in {self.home}"
+        )
 
 
 def end_marked(marker: str) -> None:
@@ -280,13 +290,6 @@ def end_marked(marker: str) -> None:
     left = processes.processes_with_marker(processes.MARKER, marker)
     if left:
         raise AirflowError(f"processes {left} do not end; end them by pid")
-
-
-def _attempts(count: int) -> Iterator[int]:
-    for attempt in range(count):
-        if attempt:
-            time.sleep(0.5 * attempt)
-        yield attempt
 
 
 def _airflow() -> str:
