@@ -85,7 +85,8 @@ class LocalAirflow:
             "AIRFLOW__API__WORKERS": "1",
             "AIRFLOW__API__SECRET_KEY": secrets.token_hex(16),
             "AIRFLOW__API_AUTH__JWT_SECRET": secrets.token_hex(32),
-            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home / 'airflow.db'}",
+            # with the default of 5 s a busy machine gives errors; much longer, and a request would outlast its client's patience
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home / 'airflow.db'}?timeout=15",
             "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "30",
             "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "2",
             "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.5",
@@ -252,7 +253,7 @@ class LocalAirflow:
         self, method: str, path: str, body: dict[str, Any] | None, query: dict[str, Any] | None = None, known: int | None = None
     ) -> Any:
         """One answer of the REST API. Every request of this class may be repeated, so each is, where Airflow is busy: on SQLite,
-        whose one writer it waits for, it answers 500 after five seconds. ``known`` is a status that means "done before"."""
+        whose one writer it waits for, it answers 500 after a while. ``known`` is a status that means "done before"."""
         trouble = ""
         for attempt in range(_ATTEMPTS):
             time.sleep(0.5 * attempt)

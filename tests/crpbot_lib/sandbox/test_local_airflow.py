@@ -64,7 +64,7 @@ def test_a_run_whose_first_answer_was_lost_is_there_already(
 
 def test_an_airflow_that_stays_busy_is_an_error_that_says_where_its_logs_are(airflow: LocalAirflow, answers: deque[int]) -> None:
     answers.extend([500] * 20)
-    with pytest.raises(AirflowError, match="no usable answer .* logs in"):
+    with pytest.raises(AirflowError, match=r"no usable answer .* logs in"):
         airflow.trigger("market_data")
 
 
