@@ -51,7 +51,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 lock: setup
 	$(COMPILE) --all-extras -o requirements/environment.lock
 	$(COMPILE) --extra torch -c requirements/environment.lock -o requirements/training.lock
-	$(COMPILE) --extra torch --extra cli --extra airflow --extra sandbox -c requirements/environment.lock -o requirements/airflow.lock
+	$(COMPILE) --extra torch --extra data --extra cli --extra airflow --extra sandbox -c requirements/environment.lock -o requirements/airflow.lock
 
 clean:
 	rm -rf $(VENV) .crpbot build *.egg-info
