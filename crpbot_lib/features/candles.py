@@ -1,9 +1,9 @@
 """Checking what comes in, and telling minutes without a trade from outages.
 
 An exchange serves no candle for a minute in which nobody traded, and none while it is down. Which of the two a hole is, only its
-length tells: up to ``MAX_NO_TRADE_MINUTES`` missing minutes are minutes without a trade and get the exchange's own convention, a
-flat candle at the last close with volume 0; a longer hole is an outage. An outage ends a segment: whatever looks back starts anew
-after it, and rows stand again only when the segment is warm, so that no window, bar or value spans an outage.
+length tells: up to ``candle_rules.MAX_NO_TRADE_MINUTES`` missing minutes are minutes without a trade and get the exchange's own
+convention, a flat candle at the last close with volume 0; a longer hole is an outage. An outage ends a segment: whatever looks back
+starts anew after it, and rows stand again only when the segment is warm, so that no window, bar or value spans an outage.
 """
 
 from __future__ import annotations
@@ -16,10 +16,6 @@ import polars as pl
 from crpbot_lib import candle_rules
 from crpbot_lib.features.errors import FeatureError
 from crpbot_lib.features.feature import TIMESTAMP
-
-MAX_NO_TRADE_MINUTES = 15
-"""In the thinnest market at hand (a Coinbase derivative with 28 % of its minutes empty) 99.7 % of the holes are no longer than
-this; the shortest hole that is known to be a trading break lasts 60 minutes. It is also the horizon of the label."""
 
 CANDLE_COLUMNS = ("timestamp", "open", "high", "low", "close", "volume")
 POINT_COLUMNS = ("timestamp", "available_at", "price", "market_cap", "total_volume")
@@ -85,10 +81,10 @@ def fill_no_trade_minutes(minutes: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataF
         minutes.lazy()
         .select(start=pl.col("timestamp").shift(1) + width, minutes=missing.round().cast(pl.Int64))
         .filter(pl.col("minutes") > 0)
-        .with_columns(outage=pl.col("minutes") > MAX_NO_TRADE_MINUTES)
+        .with_columns(outage=pl.col("minutes") > candle_rules.MAX_NO_TRADE_MINUTES)
         .collect()
     )
-    outage = pl.col("timestamp").diff() > width * (MAX_NO_TRADE_MINUTES + 1)
+    outage = pl.col("timestamp").diff() > width * (candle_rules.MAX_NO_TRADE_MINUTES + 1)
     filled = minutes.with_columns(segment=outage.fill_null(False).cum_sum())
     silent = holes.filter(~pl.col("outage"))
     if silent.height:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from crpbot_lib import candle_rules
 from crpbot_lib.config import ALL_GROUPS, DEFAULT_SYMBOLS, FeatureGroup, Symbol
-from crpbot_lib.features import candles, catalog, coingecko
+from crpbot_lib.features import catalog, coingecko
 
 SERIES: dict[FeatureGroup, tuple[str, str]] = {
     "base": ("the symbol's own 1-minute candles", "minutes"),
@@ -33,7 +34,7 @@ carries {", ".join(f"`{c}`" for c in catalog.EXCLUDED)}, which no model sees.
 
 ## How holes are treated
 
-* Up to {candles.MAX_NO_TRADE_MINUTES} missing minutes are minutes without a trade: a flat candle at the last close with
+* Up to {candle_rules.MAX_NO_TRADE_MINUTES} missing minutes are minutes without a trade: a flat candle at the last close with
   volume 0, as the exchange's convention has it, listed in the sidecar file. More are an outage: nothing looks back over it, and
   rows stand again {catalog.SEGMENT_WARM_UP} minutes after it, when everything is warm. The same holds for the beginning of the
   candles.

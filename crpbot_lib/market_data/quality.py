@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 
@@ -47,6 +47,26 @@ class Coverage:
     def missing(self) -> int:
         """Absent rows; on 1m candles, minutes."""
         return self.expected - self.rows
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that can be true but seldom is. ``start`` is its first row, ``value`` the price it stood at or leapt to."""
+
+    kind: Literal["frozen", "spike"]
+    start: datetime
+    rows: int
+    value: float
+    detail: str
+
+
+def suspicious(frame: pl.DataFrame, timeframe: str) -> list[Finding]:
+    """What in candles (CANDLE_SCHEMA, sorted) a person should look at, in order of time; never an error.
+
+    ``frozen``: flat candles at one price with volume 0, or the same candle again and again. ``spike``: a close or wick that leaves
+    its surroundings and is back at once.
+    """
+    raise NotImplementedError
 
 
 def check_candles(frame: pl.DataFrame, timeframe: str, start: datetime, end: datetime, what: str) -> None:
