@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 from werkzeug.wrappers import Request, Response
 
 from crpbot_lib.sandbox.data import COINS, Series, Source
 
-KEY_HEADER = "x-cg-pro-api-key"
+Plan = Literal["pro", "demo", "public"]
+PRO_HEADER, DEMO_HEADER = "x-cg-pro-api-key", "x-cg-demo-api-key"
+PRO_KEY, DEMO_KEY = "local-cloud-dummy-key", "local-cloud-dummy-demo-key"
+KEYS: dict[Plan, str | None] = {"pro": PRO_KEY, "demo": DEMO_KEY, "public": None}
+NO_POINTS: dict[str, Any] = {"prices": [], "market_caps": [], "total_volumes": []}
+ERROR_BODY = {"status": 500, "error": "Internal Server Error"}
+"""As recorded with status 500; with status 200 it is a fault."""
 _NINETY_DAYS = 90 * 86400
 
 
@@ -23,20 +29,32 @@ def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
     return Response(json.dumps(body), status, headers, content_type="application/json; charset=utf-8")
 
 
-def rate_limited(retry_after: float) -> Response:
+def rate_limited() -> Response:
     """429 with ``retry-after`` in seconds."""
     message = (
         "You've exceeded the Rate Limit. Please visit https://www.coingecko.com/en/api/pricing "
         "to subscribe to our API plans for higher rate limits."
     )
-    return _json({"status": {"error_code": 429, "error_message": message}}, 429, {"retry-after": f"{retry_after:g}"})
+    return _json({"status": {"error_code": 429, "error_message": message}}, 429, {"retry-after": "1"})
 
 
-def refuse_key(request: Request, key: str) -> Response | None:
-    """The answer to a request with a missing or a wrong key."""
-    if request.headers.get(KEY_HEADER) == key:
+def refuse_key(request: Request, plan: Plan) -> Response | None:
+    """The answer to a key that does not fit ``plan``'s host.
+
+    A key in the other plan's header (10010, 10011) is told in the shape that others report, with the status of their issues, 400.
+    """
+    pro, demo = request.headers.get(PRO_HEADER), request.headers.get(DEMO_HEADER)
+    if plan == "pro" and pro is None and demo is not None:
+        return _wrong_host(10011, "If you are using Demo API key, please change your root URL to api.coingecko.com")
+    if plan != "pro" and pro is not None:
+        return _wrong_host(10010, "If you are using Pro API key, please change your root URL to pro-api.coingecko.com")
+    if {"pro": pro, "demo": demo, "public": None}[plan] == KEYS[plan]:
         return None
     return _json({"status": {"error_code": 10002, "error_message": "API Key Missing"}}, 401)
+
+
+def _wrong_host(code: int, message: str) -> Response:
+    return _json({"error_code": code, "status": {"error_message": message}}, 400)
 
 
 def market_chart_range(source: Source, coin: str, request: Request) -> Response:

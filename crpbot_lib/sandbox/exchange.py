@@ -22,6 +22,9 @@ GRANULARITIES: dict[str, Timeframe] = {
     "FIFTEEN_MINUTE": "15m",
     "ONE_HOUR": "1h",
 }
+NO_CANDLES: dict[str, Any] = {"candles": []}
+ERROR_BODY = {"errors": [{"id": "internal_server_error", "message": "Internal server error"}]}
+"""An error in the documented shape; with status 200 it is a fault."""
 _NAMES = {"BTC": "Bitcoin", "ETH": "Ethereum", "SOL": "Solana"}
 
 

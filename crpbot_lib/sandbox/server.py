@@ -8,13 +8,13 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from moto.moto_server.werkzeug_app import MotoRequestHandler
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from werkzeug.exceptions import HTTPException, NotFound
 from werkzeug.routing import Map, Rule
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
@@ -24,13 +24,12 @@ from crpbot_lib.config import GpuSettings
 from crpbot_lib.sandbox import coingecko, exchange, synthetic
 from crpbot_lib.sandbox.aws import Aws
 from crpbot_lib.sandbox.data import FolderSource, Source
-from crpbot_lib.sandbox.faults import Fault, Faults
+from crpbot_lib.sandbox.faults import Fault, Faults, RateLimit, Target, Traffic
 from crpbot_lib.sandbox.instances import TRAINING_ENTRY_POINT, Instance, Runner, Timing
 
 log = logging.getLogger(__name__)
 
 BUCKET = "crpbot-local"
-COINGECKO_KEY = "local-cloud-dummy-key"
 TELEGRAM_TOKEN = "local-cloud-dummy-token"
 TELEGRAM_CHAT = "1"
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "local-cloud", "AWS_SECRET_ACCESS_KEY": "local-cloud"}
@@ -47,6 +46,20 @@ class SandboxOptions(BaseModel):
 
     data_dir: Path | None = None
     """Folder of real market data; None: generated data."""
+    venue: str | None = None
+    """Folder under ``data_dir`` whose candles are served, and no other venue's; None: the default of ``data.FolderSource``."""
+    synthetic_symbols: tuple[str, ...] = ()
+    """Symbols served from the generator beside the real ones, over the real ones' span."""
+    omit_minutes: float = Field(default=0, ge=0, lt=1)
+    """Share of the 1m candles that are left out, as minutes without a trade."""
+    now: AwareDatetime | None = None
+    """What the markets take for the present; None: the clock, and nothing of the data is held back."""
+    rate_limits: dict[Target, RateLimit] = Field(default_factory=dict)
+    """Token buckets of the markets; POST /_sandbox/rate_limits replaces them."""
+    coingecko_plan: coingecko.Plan = "pro"
+    """Which key CoinGecko's stand-in takes, and how far back its history reaches."""
+    coingecko_messy: bool = False
+    """Off-grid stamps, nulls, a stamp that goes backwards and the "now" point in CoinGecko's answers."""
     synthetic_seed: int = 1
     synthetic_start: datetime = synthetic.DEFAULT_START
     synthetic_end: datetime = synthetic.DEFAULT_END
@@ -103,6 +116,7 @@ class Sandbox:
     def __init__(self, options: SandboxOptions | None = None) -> None:
         self.options = options or SandboxOptions()
         self.faults = Faults()
+        self.traffic = Traffic(self.options.rate_limits)
         self.telegram: list[dict[str, Any]] = []
         """Messages sent to the Telegram stand-in, oldest first."""
         self.source: Source
@@ -240,7 +254,8 @@ class Sandbox:
             "CRPBOT_LAKE": f"s3://{BUCKET}",
             "CRPBOT_COINBASE_URL": self.control_url,
             "CRPBOT_COINGECKO_URL": f"{self.control_url}/api/v3",
-            "CRPBOT_COINGECKO_API_KEY": COINGECKO_KEY,
+            "CRPBOT_COINGECKO_PLAN": self.options.coingecko_plan,
+            **({"CRPBOT_COINGECKO_API_KEY": key} if (key := coingecko.KEYS[self.options.coingecko_plan]) else {}),
             "CRPBOT_TELEGRAM__URL": self.control_url,
             "CRPBOT_TELEGRAM__TOKEN": TELEGRAM_TOKEN,
             "CRPBOT_TELEGRAM__CHAT_ID": TELEGRAM_CHAT,
@@ -280,6 +295,7 @@ class Sandbox:
                 "unavailable_spot": sorted(self.aws.unavailable_spot),
             },
             "faults": self.faults.describe(),
+            "requests": self.traffic.describe(),
             "pid": os.getpid(),
         }
 
@@ -296,6 +312,8 @@ class Sandbox:
             Rule("/_sandbox/telegram", endpoint="telegram_list", methods=["GET"]),
             Rule("/_sandbox/capacity", endpoint="capacity", methods=["POST"]),
             Rule("/_sandbox/faults", endpoint="faults", methods=["GET", "POST"]),
+            Rule("/_sandbox/rate_limits", endpoint="rate_limits", methods=["GET", "POST"]),
+            Rule("/_sandbox/requests", endpoint="requests", methods=["GET", "DELETE"]),
             Rule("/_sandbox/instances", endpoint="instances", methods=["GET"]),
             Rule("/_sandbox/instances/<instance>/console", endpoint="console", methods=["GET"]),
             Rule("/_sandbox/instances/<instance>/power", endpoint="power", methods=["POST"]),
@@ -317,35 +335,56 @@ class Sandbox:
         return sent
 
     def _on_exchange_candles(self, request: Request, product: str) -> Response:
-        return self._market("exchange", lambda: exchange.candles(self.source, product, request))
+        return self._market("exchange", exchange, lambda: exchange.candles(self.source, product, request), exchange.NO_CANDLES)
 
     def _on_exchange_product(self, _request: Request, product: str) -> Response:
-        return self._market("exchange", lambda: exchange.product(self.source, product))
+        return self._market("exchange", exchange, lambda: exchange.product(self.source, product), {})
 
     def _on_coingecko_range(self, request: Request, coin: str) -> Response:
-        refusal = coingecko.refuse_key(request, COINGECKO_KEY)
-        return refusal or self._market("coingecko", lambda: coingecko.market_chart_range(self.source, coin, request))
+        return self._coingecko(request, lambda: coingecko.market_chart_range(self.source, coin, request), coingecko.NO_POINTS)
 
     def _on_coingecko_coin(self, request: Request, coin: str) -> Response:
-        refusal = coingecko.refuse_key(request, COINGECKO_KEY)
-        return refusal or self._market("coingecko", lambda: coingecko.coin(self.source, coin))
+        return self._coingecko(request, lambda: coingecko.coin(self.source, coin), {})
 
-    def _market(self, target: Any, answer: Any) -> Response:
-        """The stand-in's answer, or what a fault makes of it."""
+    def _coingecko(self, request: Request, answer: Callable[[], Response], empty: Any) -> Response:
+        refusal = coingecko.refuse_key(request, self.options.coingecko_plan)
+        return self._market("coingecko", coingecko, (lambda: refusal) if refusal else answer, empty)
+
+    def _market(self, target: Target, api: Any, answer: Callable[[], Response], empty: Any) -> Response:
+        """The stand-in's answer, or what the rate limit or a fault makes of it. ``empty`` is its answer without any rows."""
+        if not self.traffic.admit(target):
+            return cast(Response, api.rate_limited())
         fault = self.faults.draw(target)
-        if fault is not None and fault.status is not None:
-            if fault.status != 429:
-                return Response("upstream connect error\n", fault.status, content_type="text/plain")
-            return exchange.rate_limited() if target == "exchange" else coingecko.rate_limited(fault.retry_after)
-        if fault is not None and fault.stall is not None:
+        if fault is None:
+            return answer()
+        if fault.html or fault.status is not None:
+            return self._failure(fault, api)
+        if fault.empty:
+            return _json(empty)
+        if fault.error_body:
+            return _json(api.ERROR_BODY if fault.error_body is True else fault.error_body)
+        if fault.stall is not None:
             self._stopping.wait(fault.stall)
-        response: Response = answer()
-        response.headers.setdefault("X-Sandbox-Data", self.source.kind)
-        if fault is not None and fault.truncate:
+        response = answer()
+        if fault.truncate:
             whole = response.get_data()
             response.set_data(whole[: len(whole) // 2])
             response.headers["Content-Length"] = str(len(whole))
             response.automatically_set_content_length = False
+        return response
+
+    @staticmethod
+    def _failure(fault: Fault, api: Any) -> Response:
+        if fault.html:
+            status = fault.status or 502
+            page = f"<html>\n<head><title>{status}</title></head>\n<body><h1>{status}</h1><hr>cloudflare</body>\n</html>\n"
+            response = Response(page, status, content_type="text/html; charset=UTF-8")
+        elif fault.status == 429:
+            response = api.rate_limited()
+        else:
+            response = Response("upstream connect error\n", fault.status, content_type="text/plain")
+        if fault.retry_after is not None:
+            response.headers["retry-after"] = f"{fault.retry_after:g}"
         return response
 
     def _on_telegram_send(self, request: Request, token: str) -> Response:
@@ -382,14 +421,27 @@ class Sandbox:
         return _json({"unavailable": sorted(self.aws.unavailable), "unavailable_spot": sorted(self.aws.unavailable_spot)})
 
     def _on_faults(self, request: Request) -> Response:
-        """{"exchange": {fault} | null, "coingecko": {fault} | null}: what is not named stays as it is."""
+        """{"exchange": fault | [fault…] | null, "coingecko": …}: what is not named stays as it is; nothing changes on an error."""
         if request.method == "POST":
-            body = request.get_json()
-            for target, fault in body.items():
-                if target not in ("exchange", "coingecko"):
-                    raise ValueError(f"faults can be injected at exchange and coingecko, not at {target}")
-                self.faults.set(target, None if fault is None else Fault.model_validate(fault))
+            faults = TypeAdapter(dict[Target, Fault | list[Fault] | None]).validate_python(request.get_json())
+            for target, fault in faults.items():
+                self.faults.set(target, fault)
         return _json(self.faults.describe())
+
+    def _on_rate_limits(self, request: Request) -> Response:
+        """{"exchange": {"per_second": 10, "burst": 10} | null, "coingecko": …}: what is not named stays as it is."""
+        if request.method == "POST":
+            limits = TypeAdapter(dict[Target, RateLimit | None]).validate_python(request.get_json())
+            for target, limit in limits.items():
+                self.traffic.limit(target, limit)
+        return _json({target: said["limit"] for target, said in self.traffic.describe().items()})
+
+    def _on_requests(self, request: Request) -> Response:
+        """What was asked of the markets; DELETE begins counting anew."""
+        said = self.traffic.describe()
+        if request.method == "DELETE":
+            self.traffic.restart()
+        return _json(said)
 
     def _on_instances(self, _request: Request) -> Response:
         return _json(self.instances())
