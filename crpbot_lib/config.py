@@ -34,6 +34,8 @@ class Symbol(_Model):
     coin: str
     coin_listed: date = Field(description="first day CoinGecko has of the coin; the all-time high needs the history from it")
     feature_groups: tuple[FeatureGroup, ...] = ALL_GROUPS
+    exchange_listed: date | None = None
+    """First UTC day of which the exchange has a candle; an earlier day is refused. None: not checked."""
     all_time_highs: tuple[tuple[float, AwareDatetime], ...] = ()
     """Dated records (USD price, time) above what the daily prices show; needed where the history does not reach ``coin_listed``."""
 
@@ -121,9 +123,15 @@ class TelegramSettings(_Model):
 
 
 DEFAULT_SYMBOLS: tuple[Symbol, ...] = (
-    Symbol(name="BTC-USD", coin="bitcoin", coin_listed=date(2013, 4, 28)),
-    Symbol(name="ETH-USD", coin="ethereum", coin_listed=date(2015, 8, 7), feature_groups=WITHOUT_MULTI_TIMEFRAME),
-    Symbol(name="SOL-USD", coin="solana", coin_listed=date(2020, 4, 11)),
+    Symbol(name="BTC-USD", coin="bitcoin", coin_listed=date(2013, 4, 28), exchange_listed=date(2015, 7, 20)),
+    Symbol(
+        name="ETH-USD",
+        coin="ethereum",
+        coin_listed=date(2015, 8, 7),
+        exchange_listed=date(2016, 5, 18),
+        feature_groups=WITHOUT_MULTI_TIMEFRAME,
+    ),
+    Symbol(name="SOL-USD", coin="solana", coin_listed=date(2020, 4, 11), exchange_listed=date(2021, 6, 17)),
 )
 
 
@@ -134,6 +142,10 @@ class OrchestrationSettings(_Model):
     """False: data and training DAGs run by hand or by event only. The reaper keeps its schedule always."""
     retries: int = Field(default=2, ge=0)
     retry_delay_seconds: float = Field(default=60, ge=0)
+    coinbase_conn_id: str | None = None
+    """Airflow Connection laid over the exchange's settings: host and schema, extra ``requests_per_second`` and ``page_size``."""
+    coingecko_conn_id: str | None = None
+    """As ``coinbase_conn_id``, for CoinGecko: the password is the key, extra has ``plan`` and ``requests_per_second``."""
 
 
 class Settings(BaseSettings):
@@ -144,12 +156,21 @@ class Settings(BaseSettings):
     lake: str = ""
     """``s3://bucket/prefix`` or ``file:///directory``."""
     coinbase_url: str = "https://api.coinbase.com"
-    coingecko_url: str = "https://pro-api.coingecko.com/api/v3"
-    coingecko_api_key: SecretStr | None = None
+    coinbase_page_size: int = Field(default=300, ge=1, le=350)
+    """Candles a request; the documented 350 is refused for some accounts."""
     coinbase_requests_per_second: float = Field(default=10, gt=0)
-    """Of one process; Coinbase's public limit."""
-    coingecko_requests_per_second: float = Field(default=8, gt=0)
-    """Of one process; the smallest paid plan allows 500 requests a minute."""
+    """Of one machine; Coinbase's public limit, which counts addresses."""
+    coingecko_plan: Literal["pro", "demo", "public"] = "pro"
+    """Host, header, rate and history follow from it (``market_data/plans.py``); pro is any paid plan."""
+    coingecko_url: str | None = None
+    """None: the plan's host."""
+    coingecko_api_key: SecretStr | None = None
+    coingecko_requests_per_second: float | None = Field(default=None, gt=0)
+    """Of one machine; None: what the plan allows."""
+    http_timeout_seconds: float = Field(default=30, gt=0)
+    """How long a byte of an answer is waited for; a whole answer may take three times as long."""
+    rate_limit_dir: str | None = None
+    """Where the processes of one machine share their limits; None: a directory of this user's under the system's temporary one."""
     symbols: tuple[Symbol, ...] = DEFAULT_SYMBOLS
     gpu: GpuSettings = GpuSettings()
     features: FeatureSettings = FeatureSettings()

@@ -10,6 +10,7 @@ from crpbot_lib.config import Settings
 from crpbot_lib.market_data.coinbase import CoinbaseClient
 from crpbot_lib.market_data.coingecko import CoinGeckoClient
 from crpbot_lib.market_data.frames import Clock, utc_now
+from crpbot_lib.market_data.plans import PLANS
 
 
 class MarketData:
@@ -18,13 +19,14 @@ class MarketData:
     ``now`` decides which candles are closed, and which point is "now" and none of the series.
     """
 
-    def __init__(self, settings: Settings, *, now: Clock = utc_now) -> None:
+    def __init__(self, settings: Settings, *, now: Clock = utc_now, backoff: float = 1.0) -> None:
+        plan = PLANS[settings.coingecko_plan]
         self.coinbase = CoinbaseClient(settings.coinbase_url, now=now, requests_per_second=settings.coinbase_requests_per_second)
         self.coingecko = CoinGeckoClient(
-            settings.coingecko_url,
+            settings.coingecko_url or plan.url,
             settings.coingecko_api_key,
             now=now,
-            requests_per_second=settings.coingecko_requests_per_second,
+            requests_per_second=settings.coingecko_requests_per_second or plan.requests_per_second,
         )
 
     def candles(self, symbol: str, timeframe: str, start: datetime, end: datetime) -> pl.DataFrame:
