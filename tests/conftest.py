@@ -37,6 +37,22 @@ class OutsideConnectionError(AssertionError):
     """A test tried to leave this machine."""
 
 
+PROOF = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def proof(request: pytest.FixtureRequest) -> list[str]:
+    """Lines that pytest prints when all is done: what a suite of faults injected, and what it compared."""
+    return request.config.stash.setdefault(PROOF, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if lines := terminalreporter.config.stash.get(PROOF, []):
+        terminalreporter.section("proof")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture(autouse=True)
 def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any connection that leaves this machine fails the test that tried it."""
