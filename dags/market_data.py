@@ -58,9 +58,9 @@ def market_data() -> None:
 
     @task
     def check_quality(day: str) -> dict[str, Any]:
-        from crpbot_lib.steps import ingest
+        from crpbot_lib.steps import quality
 
-        return run_step(ingest.check_quality, SYMBOLS, date.fromisoformat(day))
+        return run_step(quality.check_quality, SYMBOLS, date.fromisoformat(day))
 
     fetched = [step.partial(day=DAY).expand(symbol=SYMBOLS) for step in (fetch_1m, fetch_timeframes, fetch_coingecko)]
     fetched >> check_quality(DAY)

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from crpbot_lib.cli.data import coverage, fetch
+from crpbot_lib.cli.data import coverage, fetch, gaps
 from crpbot_lib.cli.features import app as features
 from crpbot_lib.cli.gpu import app as gpu
 from crpbot_lib.cli.models import app as models
@@ -17,6 +17,7 @@ from crpbot_lib.cli.sandbox import demo
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="The retraining workflow, one command a step.")
 app.add_typer(fetch, name="fetch")
 app.command()(coverage)
+app.command()(gaps)
 app.add_typer(features, name="features")
 app.add_typer(gpu, name="gpu")
 app.add_typer(models, name="models")

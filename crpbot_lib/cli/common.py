@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
@@ -12,12 +14,14 @@ from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import ValidationError
 from rich.console import Console
 from rich.measure import Measurement
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from crpbot_lib.config import Settings, settings
 from crpbot_lib.gpu.instances import GpuError
 from crpbot_lib.lake import Lake, LakeError
 from crpbot_lib.market_data import MarketDataError
+from crpbot_lib.market_data.progress import LogMeter, Meter
 from crpbot_lib.registry import RegistryError
 from crpbot_lib.runtime import RuntimeRefusedError
 from crpbot_lib.training import TrainingError
@@ -60,14 +64,58 @@ def show_table(table: Table) -> None:
     Console(width=max(width, console.width)).print(table)
 
 
+class _Bar:
+    """A ``Meter`` in the terminal: one bar for each thing that is started."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._task: TaskID | None = None
+
+    def start(self, what: str, partitions: int, requests: float) -> None:
+        # without work there is nothing to show
+        self._task = self._bars.add_task(what, total=requests, stored=0, partitions=partitions, doing="") if partitions else None
+        self._stored = 0
+
+    def advance(self, partitions: int, requests: float, doing: str) -> None:
+        if self._task is not None:
+            self._stored += partitions
+            self._bars.update(self._task, advance=requests, stored=self._stored, doing=doing)
+
+
+@contextmanager
+def meter() -> Iterator[Meter]:
+    """How far a long command is: a bar on stderr where that is a terminal, otherwise a line every ten seconds."""
+    console = Console(stderr=True)
+    if not sys.stderr.isatty() or console.is_dumb_terminal:
+        log = logging.getLogger("crpbot")
+        log.setLevel(logging.INFO)
+        yield LogMeter(log)
+        return
+    stored = TextColumn("{task.fields[stored]} of {task.fields[partitions]} partitions")
+    columns = (TextColumn("{task.description}"), BarColumn(), stored, TimeElapsedColumn(), TimeRemainingColumn())
+    # log lines go through the bar, which else would be torn by them
+    handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler) and h.stream is sys.stderr]
+    with Progress(*columns, TextColumn("[dim]{task.fields[doing]}"), console=console) as bars:
+        for handler in handlers:
+            handler.setStream(sys.stderr)
+        try:
+            yield _Bar(bars)
+        finally:
+            for handler in handlers:
+                handler.setStream(sys.__stderr__)
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """An expected failure is a message on stderr and exit status 1, not a traceback."""
+    """An expected failure is a message on stderr and exit status 1, not a traceback; Ctrl-C is one line and 130."""
     try:
         yield
     except EXPECTED as error:
         typer.echo(f"error: {_text(error)}", err=True)
         raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted: what was written is whole; the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
 
 
 def _text(error: Exception) -> str:

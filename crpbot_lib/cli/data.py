@@ -1,32 +1,59 @@
-"""``crpbot fetch candles|coingecko`` and ``crpbot coverage``: the lake's raw data by hand, over days in UTC."""
+"""``crpbot fetch …``, ``crpbot coverage`` and ``crpbot gaps``: the lake's raw data by hand, over days in UTC."""
 
 from __future__ import annotations
 
 import json
-from datetime import date
+from collections.abc import Sequence
+from datetime import date, timedelta
+from itertools import groupby
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from crpbot_lib.cli.common import AsJson, clear_errors, day, open_lake, show_table
-from crpbot_lib.steps import ingest
+from crpbot_lib.cli.common import AsJson, clear_errors, day, meter, open_lake, show_table
+from crpbot_lib.config import Settings
+from crpbot_lib.steps import ingest, quality
 
 fetch = typer.Typer(help="Fetch market data into the lake.", no_args_is_help=True)
-
 
 Start = Annotated[date, typer.Option(parser=day, metavar="YYYY-MM-DD", help="First UTC day.")]
 End = Annotated[date, typer.Option(parser=day, metavar="YYYY-MM-DD", help="UTC day after the last one.")]
 SymbolName = Annotated[str, typer.Option(help="A symbol of the configuration, e.g. BTC-USD.")]
+SymbolNames = Annotated[
+    list[str] | None, typer.Option("--symbol", help="A symbol of the configuration; may be repeated. None: all of them.")
+]
 Timeframe = Annotated[str, typer.Option(help="1m, 5m, 15m or 1h.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched, in how many requests; fetch nothing.")]
+
+LISTED = 40
+"""Rows of a table in the terminal; ``--json`` has all."""
+
+CELLS = (
+    # at least this share of the day's candles; the glyphs alone tell the states apart, colour only helps
+    (1.0, "█", "green", "complete"),
+    (0.99, "▓", "yellow", "99 %"),
+    (0.5, "▒", "dark_orange", "50 %"),
+    (0.0, "░", "red", "less"),
+)
+EMPTY, ABSENT = ("○", "red", "fetched, not one candle"), ("·", "dim", "not fetched")
 
 
 @fetch.command("candles")
-def fetch_candles(symbol: SymbolName, start: Start, end: End, timeframe: Timeframe = "1m", as_json: AsJson = False) -> None:
+def fetch_candles(
+    symbol: SymbolName, start: Start, end: End, timeframe: Timeframe = "1m", dry_run: DryRun = False, as_json: AsJson = False
+) -> None:
     """Fetch the candles of the UTC days [start, end), replacing the partitions that are there."""
     with clear_errors():
         config, lake = open_lake()
-        summary = ingest.fetch_candle_days(config, lake, symbol, timeframe, start, end)
+        if dry_run:
+            only: dict[str, Any] = {"timeframes": [timeframe], "coingecko": False, "refetch": "all"}
+            _show_plan(ingest.plan_load(config, lake, [symbol], start, end, **only), as_json)
+            return
+        with meter() as progress:
+            summary = ingest.fetch_candle_days(config, lake, symbol, timeframe, start, end, progress=progress)
         text = f"{symbol} {timeframe}: {summary['rows']} rows in {len(summary['partitions'])} days, {summary['missing']} absent"
         _show(summary, text, as_json)
 
@@ -36,6 +63,7 @@ def fetch_coingecko(
     coin: Annotated[str, typer.Option(help="A coin of the configuration, by its CoinGecko id, e.g. bitcoin.")],
     start: Start,
     end: End,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Fetch a coin's hourly points of the UTC days [start, end) and its daily history as known on each of them."""
@@ -44,30 +72,215 @@ def fetch_coingecko(
         by_coin = {s.coin: s.name for s in config.symbols}
         if coin not in by_coin:
             raise ValueError(f"unknown coin {coin!r}: the configuration has {', '.join(by_coin)}; add its symbol to `symbols`")
-        summary = ingest.fetch_coingecko_days(config, lake, by_coin[coin], start, end)
+        if dry_run:
+            _show_plan(ingest.plan_load(config, lake, [by_coin[coin]], start, end, timeframes=(), refetch="all"), as_json)
+            return
+        with meter() as progress:
+            summary = ingest.fetch_coingecko_days(config, lake, by_coin[coin], start, end, progress=progress)
         hourly, daily = summary["hourly"], summary["daily"][-1]
         rows, missing = sum(p["rows"] for p in hourly), sum(p["missing"] for p in hourly)
         text = f"{coin}: {rows} hourly points in {len(hourly)} days, {missing} absent; daily history of {daily['rows']} days"
         _show(summary, text, as_json)
 
 
-def coverage(symbol: SymbolName, start: Start, end: End, timeframe: Timeframe = "1m", as_json: AsJson = False) -> None:
-    """Show what the lake has of a symbol's candles on the UTC days [start, end)."""
+@fetch.command("all")
+def fetch_all(
+    start: Start,
+    end: End,
+    symbol: SymbolNames = None,
+    refetch: Annotated[
+        str, typer.Option(help="absent: what is not there; incomplete: also what lacks rows; all: everything again.")
+    ] = "absent",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch everything of the UTC days [start, end), years at once: candles of all timeframes and CoinGecko's points.
+
+    Run it again after whatever stopped it: it goes on where it was. What is stored is never lost by fetching it again."""
     with clear_errors():
         config, lake = open_lake()
-        summary = ingest.coverage(config, lake, symbol, timeframe, start, end)
-        if as_json:
-            typer.echo(json.dumps(summary))
+        symbols = _symbols(config, symbol)
+        options: dict[str, Any] = {"refetch": refetch}
+        # of all symbols before the first request: a wrong one must not be found out after hours
+        plan = ingest.plan_load(config, lake, symbols, start, end, refetch=options["refetch"] if dry_run else "all")
+        if dry_run:
+            _show_plan(plan, as_json)
             return
-        table = Table(title=f"{symbol} {timeframe}")
-        for heading in ("day", "state", "rows", "missing", "gaps", "longest gap"):
-            table.add_column(heading, justify="left" if heading in ("day", "state", "longest gap") else "right")
-        for row in summary["days"]:
-            longest = max(row["gaps"], key=lambda gap: gap["minutes"], default=None)
-            where = f"{longest['minutes']} min from {longest['start'][11:16]}" if longest else ""
-            table.add_row(row["day"], row["state"], str(row["rows"]), str(row["missing"]), str(len(row["gaps"])), where)
-        show_table(table)
-        typer.echo(f"{summary['rows']} rows, {summary['missing']} missing, {summary['absent']} days not fetched")
+        with meter() as progress:
+            loaded = {name: ingest.load(config, lake, name, start, end, progress=progress, **options) for name in symbols}
+        text = "\n".join(
+            f"{name}: {done['fetched']} partitions fetched, {done['present']} there; {done['rows']} rows, {done['missing']} absent"
+            + _outcomes(done["outcomes"], "fetched")
+            for name, done in loaded.items()
+        )
+        _show(loaded, text, as_json)
+
+
+@fetch.command("heal")
+def fetch_heal(
+    start: Start,
+    end: End,
+    symbol: SymbolNames = None,
+    every: Annotated[bool, typer.Option("--every", help="Also days whose missing minutes the gap record calls no trade.")] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch the incomplete days of [start, end) again. What is stored is kept where the exchange now serves less."""
+    with clear_errors():
+        config, lake = open_lake()
+        symbols = _symbols(config, symbol)
+        if dry_run:
+            _show_plan(ingest.plan_heal(config, lake, symbols, start, end, every=every), as_json)
+            return
+        with meter() as progress:
+            healed = ingest.heal(config, lake, symbols, start, end, every=every, progress=progress)
+        if as_json:
+            typer.echo(json.dumps(healed))
+            return
+        if told := [d for d in healed["days"] if d["outcome"] != "unchanged"]:
+            table = Table("symbol", "timeframe", "day", "outcome")
+            for heading in ("rows", "missing", "added", "changed", "lost"):
+                table.add_column(heading, justify="right")
+            for row in told[:LISTED]:
+                table.add_row(*(str(row[name]) for name in ("symbol", "timeframe", "day", "outcome")), *map(str, _numbers(row)))
+            show_table(table)
+            _more(len(told))
+        typer.echo(
+            f"{healed['looked_at']} partitions looked at, {len(healed['days'])} fetched{_outcomes(healed['outcomes'])}; "
+            f"{healed['added']} candles added, {healed['missing']} still absent"
+        )
+
+
+def coverage(
+    start: Start,
+    end: End,
+    symbol: SymbolNames = None,
+    timeframe: Annotated[list[str] | None, typer.Option(help="1m (if none is named), 5m, 15m or 1h; may be repeated.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the lake has of the candles of the UTC days [start, end): a month a row, a day a cell, then the incomplete days."""
+    with clear_errors():
+        config, lake = open_lake()
+        wanted = [(name, tf) for name in _symbols(config, symbol) for tf in timeframe or ["1m"]]
+        summaries = [quality.coverage(config, lake, name, tf, start, end) for name, tf in wanted]
+        if as_json:
+            one = symbol is not None and len(summaries) == 1
+            typer.echo(json.dumps(summaries[0] if one else summaries))
+            return
+        for summary in summaries:
+            _heat_map(summary)
+            _incomplete(summary)
+            typer.echo(f"{summary['rows']} rows, {summary['missing']} missing, {summary['absent']} days not fetched\n")
+
+
+def gaps(start: Start, end: End, symbol: SymbolNames = None, as_json: AsJson = False) -> None:
+    """Tell the minutes without a candle in the UTC days [start, end) as outage or no trade, and keep the record in the lake."""
+    with clear_errors():
+        config, lake = open_lake()
+        summary = quality.gaps(config, lake, _symbols(config, symbol), start, end)
+        record = quality.read_gaps(lake, start, end)
+        if as_json:
+            typer.echo(json.dumps({**summary, "gaps": record}))
+            return
+        if outages := [gap for gap in record if gap["kind"] == "outage"]:
+            table = Table("symbol", "outage from", "minutes", "evidence")
+            for gap in outages[:LISTED]:
+                table.add_row(gap["symbol"], gap["start"], str(gap["minutes"]), ", ".join(gap["evidence"]))
+            show_table(table)
+            _more(len(outages))
+        for name, told in summary["symbols"].items():
+            absent = f"; {told['not_fetched']} days are not fetched" if told["not_fetched"] else ""
+            typer.echo(
+                f"{name}: {told['outages']} outages, {told['outage_minutes']} minutes; "
+                f"{told['no_trade']} gaps without a trade, {told['no_trade_minutes']} minutes{absent}"
+            )
+
+
+def _symbols(config: Settings, named: Sequence[str] | None) -> list[str]:
+    """The symbols of the command line, each once; all of the configuration where none is named."""
+    return [config.symbol(name).name for name in dict.fromkeys(named or [])] or [s.name for s in config.symbols]
+
+
+def _heat_map(summary: dict[str, Any]) -> None:
+    console = Console()
+    console.print(Text(f"{summary['symbol']} {summary['timeframe']}", style="bold"))
+    console.print(Text("        " + "".join(f"{n:<5}" for n in (1, 6, 11, 16, 21, 26, 31)), style="dim"))
+    for month, days in groupby(summary["days"], key=lambda d: d["day"][:7]):
+        row = Text(f"{month} ")
+        for n, one in enumerate(days):
+            if not n:
+                row.append(" " * (int(one["day"][8:]) - 1))
+            glyph, style = _cell(one)
+            row.append(glyph, style)
+        console.print(row)
+    legend = Text("        ")
+    for _, glyph, style, meaning in CELLS:
+        legend.append(glyph, style).append(f" {meaning}  ")
+    for glyph, style, meaning in (EMPTY, ABSENT):
+        legend.append(glyph, style).append(f" {meaning}  ")
+    console.print(legend)
+
+
+def _cell(one: dict[str, Any]) -> tuple[str, str]:
+    if one["state"] in ("empty", "absent"):
+        return (EMPTY if one["state"] == "empty" else ABSENT)[:2]
+    share = one["rows"] / one["expected"]
+    return next((glyph, style) for least, glyph, style, _ in CELLS if share >= least)
+
+
+def _incomplete(summary: dict[str, Any]) -> None:
+    """The days that are not complete; neighbours without any candle as one row."""
+    rows: list[tuple[str, ...]] = []
+    for state, run in groupby(summary["days"], key=lambda d: d["state"]):
+        days = list(run)
+        if state == "partial":
+            for one in days:
+                longest = max(one["gaps"], key=lambda gap: gap["minutes"])
+                where = f"{longest['minutes']} min from {longest['start'][11:16]}"
+                rows.append((one["day"], state, str(one["rows"]), str(one["missing"]), str(len(one["gaps"])), where))
+        elif state != "complete":
+            span = days[0]["day"] if len(days) == 1 else f"{days[0]['day']} to {days[-1]['day']}"
+            rows.append((span, state, "0", str(sum(d["missing"] for d in days)), "", ""))
+    if not rows:
+        return
+    table = Table()
+    for heading in ("day", "state", "rows", "missing", "gaps", "longest gap"):
+        table.add_column(heading, justify="left" if heading in ("day", "state", "longest gap") else "right")
+    for row in rows[:LISTED]:
+        table.add_row(*row)
+    show_table(table)
+    _more(len(rows))
+
+
+def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(plan))
+        return
+    table = Table("series")
+    for heading in ("present", "to fetch", "requests"):
+        table.add_column(heading, justify="right")
+    for one in plan["series"]:
+        table.add_row(one["series"], *(str(one[name]) for name in ("present", "partitions", "requests")))
+    show_table(table)
+    time = timedelta(seconds=round(plan["seconds"]))
+    typer.echo(
+        f"{plan['partitions']} partitions to fetch, {plan['present']} left alone; about {plan['requests']} requests, {time} at the "
+        "allowed rates. Nothing was fetched."
+    )
+
+
+def _numbers(row: dict[str, Any]) -> list[int]:
+    return [row[name] for name in ("rows", "missing", "added", "changed", "lost")]
+
+
+def _outcomes(outcomes: dict[str, int], *unsaid: str) -> str:
+    told = ", ".join(f"{n} {name}" for name, n in sorted(outcomes.items()) if name not in unsaid)
+    return f" ({told})" if told else ""
+
+
+def _more(count: int) -> None:
+    if count > LISTED:
+        typer.echo(f"… and {count - LISTED} more; --json lists all")
 
 
 def _show(summary: dict[str, Any], text: str, as_json: bool) -> None:

@@ -1,415 +1,723 @@
-"""Fetching market data into the lake, day by day, and judging what is there.
+"""Fetching market data into the lake, by day or years at once.
 
 Every partition is written whole and holds what was served, nothing filled. A partition without rows says "fetched, and there was
 nothing", which is not the same as a missing one. The wall clock is asked for one thing only: whether a day is over.
+
+However many days a call spans, what it holds at once is ``ROWS_AT_ONCE`` rows being fetched and as many being written; whenever
+it is killed, each partition is there whole or not at all, and the next call goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, date, datetime, timedelta
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
 from functools import partial
-from itertools import islice
-from typing import Any
+from math import ceil
+from typing import Any, Literal
 
 import polars as pl
 
 from crpbot_lib.config import TIMEFRAMES, Settings, Symbol
 from crpbot_lib.features import catalog
 from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
-from crpbot_lib.market_data import Clock, MarketData, MarketDataError, QualityError, utc_now
+from crpbot_lib.market_data import Clock, MarketData, MarketDataError, utc_now
 from crpbot_lib.market_data.frames import SERIES_WIDTH, width
-from crpbot_lib.market_data.quality import Coverage, check_candles, check_points, compare
+from crpbot_lib.market_data.plans import PLANS
+from crpbot_lib.market_data.progress import LogMeter, Meter
 from crpbot_lib.market_data.quality import coverage as cover
+from crpbot_lib.steps.days import DAY, closed_days, first_daily_day, midnight
 
 log = logging.getLogger(__name__)
 
-DAYS_AT_ONCE = 25
-"""Days of candles fetched before they are written: whole pages of 300 at every timeframe, 36,000 minutes of memory."""
+ROWS_AT_ONCE = 36_000
+"""Rows fetched before they are written, in whole days: 25 days of 1m candles, and whole pages of 300 at every timeframe."""
 
-READERS = 8
-"""Partitions read at once; each waits for the network, not for the processor."""
+IN_PARALLEL = 8
+"""Partitions read or written at once; each waits for the lake, not for the processor."""
 
-DAY = timedelta(days=1)
+HOURLY_DAYS_A_REQUEST = 85
+"""For estimates: hourly points come in ranges of less than 90 days."""
+
 Summary = dict[str, Any]
+Refetch = Literal["absent", "incomplete", "all"]
+REFETCH: tuple[Refetch, ...] = ("absent", "incomplete", "all")
+Outcome = Literal["fetched", "filled", "unchanged", "changed", "kept"]
+
+
+@dataclass(frozen=True)
+class _Series:
+    """Partitions of one kind: candles of one symbol and timeframe, or points of one coin and series."""
+
+    of: str
+    """Product or coin, as its source calls it."""
+    what: str
+    symbol: str
+    timeframe: str
+    source: Literal["Coinbase", "CoinGecko"]
+    step: timedelta
+    first: date | None
+    """The source has nothing before this day."""
+    key: Callable[[date], str]
+    begins: Callable[[date], date]
+    """The first day of which a day's partition has rows; all end with their own day."""
+    fetch: Callable[[datetime, datetime], pl.DataFrame]
+    days_a_request: float
+
+    @property
+    def grows(self) -> bool:
+        """Whether each partition holds those before it, so that one fetch makes them all."""
+        return self.timeframe == "daily"
+
+    def chunks(self, days: Sequence[date]) -> Iterator[list[date]]:
+        """``days`` in pieces of at most ``ROWS_AT_ONCE`` rows, each of neighbouring days."""
+        if self.grows:
+            yield from [list(days)] if days else []
+            return
+        most = max(1, int(ROWS_AT_ONCE * self.step / DAY))
+        chunk: list[date] = []
+        for day in days:
+            if chunk and (day != chunk[-1] + DAY or len(chunk) == most):
+                yield chunk
+                chunk = []
+            chunk.append(day)
+        if chunk:
+            yield chunk
+
+    def requests(self, days: Sequence[date]) -> int:
+        """About how many requests ``days`` take."""
+        return sum(ceil(len(chunk) / self.days_a_request) for chunk in self.chunks(days))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What became of one partition."""
+
+    series: _Series
+    day: date
+    rows: int
+    expected: int
+    gaps: int
+    outcome: Outcome
+    added: int = 0
+    """Rows that were not stored before; ``changed``: stored ones with another value now; ``lost``: stored ones that the new
+    answer lacks, or has as unknown."""
+    changed: int = 0
+    lost: int = 0
+
+    @property
+    def missing(self) -> int:
+        return self.expected - self.rows
+
+    def summary(self) -> Summary:
+        counts = {"rows": self.rows, "expected": self.expected, "missing": self.missing, "gaps": self.gaps}
+        return {"key": self.series.key(self.day), **counts}
+
+    def healed(self) -> Summary:
+        where = {"symbol": self.series.symbol, "timeframe": self.series.timeframe, "day": self.day.isoformat()}
+        counts = {"rows": self.rows, "missing": self.missing, "added": self.added, "changed": self.changed, "lost": self.lost}
+        return {**where, "outcome": self.outcome, **counts}
+
+
+@dataclass
+class _Work:
+    """The days to fetch of one series, and what was found of the others."""
+
+    series: _Series
+    days: list[date]
+    present: int = 0
+    missing_present: int = 0
+
+    @property
+    def requests(self) -> int:
+        return self.series.requests(self.days)
+
+
+@dataclass
+class _Totals:
+    """Sums over many partitions."""
+
+    fetched: int = 0
+    rows: int = 0
+    missing: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    _history: tuple[int, int] = (0, 0)
+
+    def add(self, stored: _Stored) -> None:
+        counted = (stored.rows, stored.missing)
+        # of a history that grows only the longest counts: the others are parts of it
+        before = self._history if stored.series.grows else (0, 0)
+        self.fetched += 1
+        self.rows += counted[0] - before[0]
+        self.missing += counted[1] - before[1]
+        self.outcomes[stored.outcome] += 1
+        if stored.series.grows:
+            self._history = counted
 
 
 def fetch_candles(settings: Settings, lake: Lake, symbol: str, timeframe: str, day: date, *, now: Clock = utc_now) -> Summary:
     """Fetches one UTC day of candles and writes its partition, replacing what was there.
 
-    Returns ``key, rows, expected, missing, gaps``. MarketDataError when the day is not over yet, or the exchange fails; then
-    nothing is written. ValueError for an unknown symbol or timeframe.
+    Returns ``key, rows, expected, missing, gaps``. MarketDataError when the day is not over yet (it is, 5 minutes after its end) or
+    lies before ``exchange_listed``, or the exchange fails; then nothing is written. ValueError for an unknown symbol or timeframe.
     """
     return fetch_candle_days(settings, lake, symbol, timeframe, day, day + DAY, now=now)["partitions"][0]  # type: ignore[no-any-return]
 
 
 def fetch_candle_days(
-    settings: Settings, lake: Lake, symbol: str, timeframe: str, start: date, end: date, *, now: Clock = utc_now
+    settings: Settings,
+    lake: Lake,
+    symbol: str,
+    timeframe: str,
+    start: date,
+    end: date,
+    *,
+    now: Clock = utc_now,
+    progress: Meter | None = None,
+    market: MarketData | None = None,
 ) -> Summary:
     """As ``fetch_candles`` for each UTC day of ``[start, end)``, in few requests; ``partitions`` has one summary a day."""
-    settings.symbol(symbol)
-    days = _closed_days(start, end, now)
-    partitions = _load_candles(MarketData(settings, now=now), lake, symbol, timeframe, days)
+    entry = settings.symbol(symbol)
+    series = _candles(settings, market or MarketData(settings, now=now), entry, timeframe)
+    partitions = _fetch(lake, [_Work(series, _days(series, start, end, now))], progress)
     return {
         "symbol": symbol,
         "timeframe": timeframe,
-        "rows": sum(p["rows"] for p in partitions),
-        "missing": sum(p["missing"] for p in partitions),
-        "partitions": partitions,
+        "rows": sum(p.rows for p in partitions),
+        "missing": sum(p.missing for p in partitions),
+        "partitions": [p.summary() for p in partitions],
     }
 
 
 def fetch_coingecko(settings: Settings, lake: Lake, symbol: str, day: date, *, now: Clock = utc_now) -> Summary:
-    """Fetches a coin's hourly points of one UTC day and its daily history from the listing up to that day; writes both partitions.
+    """Fetches a coin's hourly points of one UTC day and its daily history up to that day; writes both partitions, replacing them.
 
-    Returns ``coin, hourly, daily``, each with ``key, rows, expected, missing, gaps``. MarketDataError when the day is not over yet
-    or lies before the coin's listing, when CoinGecko fails, or has no daily history at all.
+    The history begins with the coin's listing, or where the plan does not reach that far, ``training.days`` and the catalog's
+    warm-up before the day. Returns ``coin, hourly, daily``, each with ``key, rows, expected, missing, gaps``. MarketDataError when
+    the day is not over yet or lies before the listing, when CoinGecko fails, or has no daily history at all.
     """
     summary = fetch_coingecko_days(settings, lake, symbol, day, day + DAY, now=now)
     return {"coin": summary["coin"], "hourly": summary["hourly"][0], "daily": summary["daily"][0]}
 
 
-def fetch_coingecko_days(settings: Settings, lake: Lake, symbol: str, start: date, end: date, *, now: Clock = utc_now) -> Summary:
+def fetch_coingecko_days(
+    settings: Settings,
+    lake: Lake,
+    symbol: str,
+    start: date,
+    end: date,
+    *,
+    now: Clock = utc_now,
+    progress: Meter | None = None,
+    market: MarketData | None = None,
+) -> Summary:
     """As ``fetch_coingecko`` for each UTC day of ``[start, end)``, in few requests; a summary a day in ``hourly``, ``daily``."""
     entry = settings.symbol(symbol)
-    days = _closed_days(start, end, now)
+    both = _points(settings, market or MarketData(settings, now=now), entry)
+    stored = _fetch(lake, [_Work(series, _days(series, start, end, now)) for series in both], progress)
+    by_series = {name: [p.summary() for p in stored if p.series.timeframe == name] for name in ("hourly", "daily")}
+    return {"coin": entry.coin, **by_series}
+
+
+def load(
+    settings: Settings,
+    lake: Lake,
+    symbol: str,
+    start: date,
+    end: date,
+    *,
+    timeframes: Sequence[str] = TIMEFRAMES,
+    coingecko: bool = True,
+    refetch: Refetch = "absent",
+    now: Clock = utc_now,
+    progress: Meter | None = None,
+    market: MarketData | None = None,
+) -> Summary:
+    """Brings all partitions of one symbol's UTC days ``[start, end)`` into the lake, years at once, the same bytes as day by day.
+
+    ``refetch`` says what of it is fetched: ``absent`` partitions; ``incomplete``, those that lack a row as well; ``all``. What is
+    stored is never lost by that: where the source now serves less than is stored, the partition is kept, and counted.
+
+    Returns ``present`` (partitions left alone), ``fetched, rows, missing`` (of the fetched) and ``outcomes``, the number of fetched
+    partitions that were absent (``fetched``), gained rows (``filled``), hold other values (``changed``), the same
+    (``unchanged``), or were ``kept``. MarketDataError and ValueError as ``fetch_candles``, before anything is written; so is what
+    a source answers to the first request, such as a wrong key.
+    """
+    began = time.monotonic()
+    series = _all(settings, market or MarketData(settings, now=now), settings.symbol(symbol), timeframes, coingecko)
+    work = _survey(lake, [(one, _days(one, start, end, now)) for one in series], refetch)
+    totals = _run(lake, symbol, work, progress)
+    summary = {
+        "symbol": symbol,
+        "start": start.isoformat(),
+        "end": end.isoformat(),
+        "present": sum(w.present for w in work),
+        "fetched": totals.fetched,
+        "rows": totals.rows,
+        "missing": totals.missing,
+        "outcomes": dict(totals.outcomes),
+    }
+    log.info(
+        "%s %s to %s: %d partitions present, %d fetched (%s), %d rows, %d absent, %.1f s",
+        *(symbol, start, end, summary["present"], totals.fetched, _shown(totals.outcomes), totals.rows, totals.missing),
+        time.monotonic() - began,
+    )
+    return summary
+
+
+def plan_load(
+    settings: Settings,
+    lake: Lake,
+    symbols: Sequence[str],
+    start: date,
+    end: date,
+    *,
+    timeframes: Sequence[str] = TIMEFRAMES,
+    coingecko: bool = True,
+    refetch: Refetch = "absent",
+    now: Clock = utc_now,
+) -> Summary:
+    """What ``load`` of each of ``symbols`` would do, with the same errors; asks no source for anything.
+
+    Returns ``present, partitions`` (to fetch), ``requests``, ``seconds`` (at the allowed rates), and ``series``, the same for each.
+    """
     market = MarketData(settings, now=now)
-    hourly = _load_hourly(market, lake, entry, days)
-    daily = _load_daily(market, lake, entry, days)
-    return {"coin": entry.coin, "hourly": hourly, "daily": daily}
+    work = [
+        one
+        for symbol in symbols
+        for one in _survey(
+            lake,
+            [
+                (series, _days(series, start, end, now))
+                for series in _all(settings, market, settings.symbol(symbol), timeframes, coingecko)
+            ],
+            refetch,
+        )
+    ]
+    return _estimate(settings, work)
 
 
-def ensure_coverage(settings: Settings, lake: Lake, symbol: str, start: date, end: date, *, now: Clock = utc_now) -> Summary:
+def ensure_coverage(
+    settings: Settings,
+    lake: Lake,
+    symbol: str,
+    start: date,
+    end: date,
+    *,
+    now: Clock = utc_now,
+    progress: Meter | None = None,
+    market: MarketData | None = None,
+) -> Summary:
     """Fetches what features of ``[start, end)`` (UTC days) need and the lake lacks: candles of all timeframes and hourly points
     from the catalog's warm-up days on, and the daily history known at the last day. Partitions that are there are left alone.
 
     Returns ``present, fetched`` (partitions), ``rows`` (fetched), ``missing`` (absent candles and points of all of these) and
     ``missing_present`` (those of them in partitions that were there: a report, a short partition is not fetched again).
     """
-    entry = settings.symbol(symbol)
-    _closed_days(start, end, now)
-    market = MarketData(settings, now=now)
     began = time.monotonic()
-    present, missing_present = 0, 0
-    fetched: list[Summary] = []
-
-    def missing_of(first: date, key: Callable[[date], str], step: timedelta, since: date | None = None) -> list[date]:
-        """The days from ``first`` to ``end`` without a partition; counts the others (from ``since``, or their day, on)."""
-        nonlocal present, missing_present
-        stored = set(lake.keys(keys.partitions(key(end))))
-        wanted = list(_days(first, end))
-        lacking = [day for day in wanted if key(day) not in stored]
-        there = [day for day in wanted if key(day) in stored]
-        present += len(there)
-        with ThreadPoolExecutor(READERS) as pool:
-            for day, frame in zip(there, pool.map(lambda day: lake.read_frame(key(day)), there), strict=True):
-                missing_present += cover(frame, step, _midnight(since or day), _midnight(day + DAY)).missing
-        return lacking
-
-    candles_since = start - catalog.CANDLE_LEAD_DAYS * DAY
-    for timeframe in TIMEFRAMES:
-        lacking = missing_of(candles_since, partial(keys.candles, timeframe, symbol), width(timeframe))
-        fetched += _load_candles(market, lake, symbol, timeframe, lacking)
-    hourly, daily = (partial(keys.coingecko, series, entry.coin) for series in ("hourly", "daily"))
-    since = catalog.first_hourly_day(start, entry.coin_listed)
-    fetched += _load_hourly(market, lake, entry, missing_of(since, hourly, SERIES_WIDTH["hourly"]))
-    fetched += _load_daily(market, lake, entry, missing_of(end - DAY, daily, SERIES_WIDTH["daily"], entry.coin_listed))
-
+    entry = settings.symbol(symbol)
+    closed_days(start, end, now)
+    first: dict[str, date] = {
+        "hourly": catalog.first_hourly_day(start, entry.coin_listed),
+        "daily": end - DAY,
+        **dict.fromkeys(TIMEFRAMES, start - catalog.CANDLE_LEAD_DAYS * DAY),
+    }
+    series = _all(settings, market or MarketData(settings, now=now), entry, TIMEFRAMES, coingecko=True)
+    work = _survey(lake, [(one, _days(one, first[one.timeframe], end, now)) for one in series], "absent", count=True)
+    totals = _run(lake, symbol, work, progress)
+    missing_present = sum(w.missing_present for w in work)
     summary = {
         "symbol": symbol,
         "start": start.isoformat(),
         "end": end.isoformat(),
-        "present": present,
-        "fetched": len(fetched),
-        "rows": sum(p["rows"] for p in fetched),
-        "missing": sum(p["missing"] for p in fetched) + missing_present,
+        "present": sum(w.present for w in work),
+        "fetched": totals.fetched,
+        "rows": totals.rows,
+        "missing": totals.missing + missing_present,
         "missing_present": missing_present,
     }
     log.info(
         "%s %s to %s: %d partitions present (%d rows absent), %d fetched (%d rows), %d rows absent in all, %.1f s",
-        *(symbol, start, end, present, missing_present, len(fetched), summary["rows"], summary["missing"]),
+        *(symbol, start, end, summary["present"], missing_present, totals.fetched, totals.rows, summary["missing"]),
         time.monotonic() - began,
     )
     return summary
 
 
-def coverage(settings: Settings, lake: Lake, symbol: str, timeframe: str, start: date, end: date) -> Summary:
-    """What the lake has of the UTC days ``[start, end)``: per day ``state`` (absent, empty, partial, complete), ``rows``,
-    ``expected``, ``missing`` and ``gaps``, and the totals. An absent partition counts as all rows missing."""
-    settings.symbol(symbol)
-    step = width(timeframe)
-    _check_interval(start, end)
-    stored = set(lake.keys(keys.partitions(keys.candles(timeframe, symbol, start))))
-    days: list[Summary] = []
-    for day in _days(start, end):
-        key = keys.candles(timeframe, symbol, day)
-        if key in stored:
-            found = cover(lake.read_frame(key), step, _midnight(day), _midnight(day + DAY))
-            state = "empty" if found.rows == 0 else "partial" if found.missing else "complete"
-        else:
-            found, state = Coverage(expected=DAY // step, rows=0, gaps=()), "absent"
-        days.append({"day": day.isoformat(), "state": state, **_counts(found)})
+def heal(
+    settings: Settings,
+    lake: Lake,
+    symbols: Sequence[str],
+    start: date,
+    end: date,
+    *,
+    every: bool = False,
+    now: Clock = utc_now,
+    progress: Meter | None = None,
+    market: MarketData | None = None,
+) -> Summary:
+    """Fetches the candles of incomplete UTC days of ``[start, end)`` again: days that are absent, and those that lack a candle
+    which no gap record (``keys.gaps``) calls *no trade*; with ``every``, any candle.
+
+    Nothing is lost by it: where the exchange now serves less than is stored, the partition is kept and that is reported.
+
+    Returns ``looked_at`` and ``outcomes`` (partitions), ``added, changed, missing`` (candles, of those fetched) and ``days``: of
+    each partition that was fetched ``symbol, timeframe, day, outcome, rows, missing, added, changed, lost``. Errors as ``load``.
+    """
+    began = time.monotonic()
+    work = _to_heal(settings, market or MarketData(settings, now=now), lake, symbols, start, end, every, now)
+    days = [stored.healed() for stored in _stream(lake, work, _started(progress, "heal", work), again=True)]
+    outcomes = Counter(d["outcome"] for d in days)
+    for day in days:
+        if day["outcome"] == "kept":
+            log.warning(
+                "%s %s %s: kept as it is stored: the answer lacks %d of its candles",
+                *(day["symbol"], day["timeframe"], day["day"], day["lost"]),
+            )
+    added, changed, missing = (sum(d[name] for d in days) for name in ("added", "changed", "missing"))
+    looked_at = sum(w.present + len(w.days) for w in work)
+    log.info(
+        "healed %s %s to %s: %d partitions looked at, %d fetched (%s), %d candles added, %d changed, %d still absent, %.1f s",
+        *(", ".join(symbols), start, end, looked_at, len(days), _shown(outcomes), added, changed, missing),
+        time.monotonic() - began,
+    )
     return {
-        "symbol": symbol,
-        "timeframe": timeframe,
         "start": start.isoformat(),
         "end": end.isoformat(),
-        "rows": sum(d["rows"] for d in days),
-        "missing": sum(d["missing"] for d in days),
-        "absent": sum(d["state"] == "absent" for d in days),
+        "looked_at": looked_at,
+        "outcomes": dict(outcomes),
+        "added": added,
+        "changed": changed,
+        "missing": missing,
         "days": days,
     }
 
 
-def check_quality(settings: Settings, lake: Lake, symbols: list[str], day: date) -> Summary:
-    """Judges one day's partitions of ``symbols`` and writes the record to ``keys.quality(day)``, also when it does not pass.
-
-    Each symbol needs the candles of all timeframes and both CoinGecko partitions, each possible in itself; otherwise QualityError
-    lists every problem. Absent minutes, gaps, a daily history that ends early, and differences between the fetched timeframes and
-    the resampled 1m are counted and logged, and do not fail.
-
-    Returns ``key`` and per symbol ``rows``, ``missing`` and ``gaps`` of its 1m candles and ``differing``, the
-    higher-timeframe candles that disagree with them.
-    """
-    problems: list[str] = []
-    report: dict[str, Summary] = {}
-    for name in symbols:
-        entry = settings.symbol(name)
-        report[name] = {
-            "candles": _judge_candles(lake, name, day, problems),
-            "coingecko": _judge_points(lake, entry, day, problems),
-        }
-    key = keys.quality(day)
-    lake.write_json(key, {"day": day.isoformat(), "passed": not problems, "problems": problems, "symbols": report})
-    if problems:
-        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise QualityError(
-            f"{day}: {len(problems)} partitions are absent or broken: {shown}. Fetch them again; the record is {lake.url(key)}"
-        )
-
-    per_symbol: dict[str, Summary] = {}
-    for name, judged in report.items():
-        minutes = judged["candles"]["1m"]
-        differing = {tf: judged["candles"][tf]["against_1m"] for tf in TIMEFRAMES if tf != "1m"}
-        per_symbol[name] = {
-            "rows": minutes["rows"],
-            "missing": minutes["missing"],
-            "gaps": len(minutes["gaps"]),
-            "differing": sum(d["differing"] + d["only_fetched"] + d["only_resampled"] for d in differing.values()),
-        }
-        log.info(
-            "%s %s: %d minutes, %d absent in %d gaps; %d candles of %s disagree with the 1m%s",
-            *(
-                name,
-                day,
-                minutes["rows"],
-                minutes["missing"],
-                len(minutes["gaps"]),
-                per_symbol[name]["differing"],
-                ", ".join(differing),
-            ),
-            _largest(differing),
-        )
-    return {"day": day.isoformat(), "key": key, "symbols": per_symbol}
+def plan_heal(
+    settings: Settings, lake: Lake, symbols: Sequence[str], start: date, end: date, *, every: bool = False, now: Clock = utc_now
+) -> Summary:
+    """What ``heal`` would fetch, as ``plan_load``."""
+    market = MarketData(settings, now=now)
+    return _estimate(settings, _to_heal(settings, market, lake, symbols, start, end, every, now))
 
 
-def _load_candles(market: MarketData, lake: Lake, symbol: str, timeframe: str, days: Sequence[date]) -> list[Summary]:
-    """Fetches and writes the partitions of ``days``, neighbouring days together."""
+def _candles(settings: Settings, market: MarketData, entry: Symbol, timeframe: str) -> _Series:
     step = width(timeframe)
-    partitions: list[Summary] = []
-    for first, last in _runs(days, DAYS_AT_ONCE):
-        began = time.monotonic()
-        frame = market.candles(symbol, timeframe, _midnight(first), _midnight(last + DAY))
-        written = [
-            _write_day(lake, keys.candles(timeframe, symbol, day), part, step, day) for day, part in _by_day(frame, first, last)
-        ]
-        _report(f"{symbol} {timeframe}", first, last, written, began)
-        partitions += written
-    return partitions
+    return _Series(
+        of=entry.name,
+        what=f"{entry.name} {timeframe}",
+        symbol=entry.name,
+        timeframe=timeframe,
+        source="Coinbase",
+        step=step,
+        first=entry.exchange_listed,
+        key=partial(keys.candles, timeframe, entry.name),
+        begins=lambda day: day,
+        fetch=partial(market.candles, entry.name, timeframe),
+        days_a_request=settings.coinbase_page_size * step / DAY,
+    )
 
 
-def _load_hourly(market: MarketData, lake: Lake, entry: Symbol, days: Sequence[date]) -> list[Summary]:
-    _check_listed(entry, days)
-    partitions: list[Summary] = []
-    for first, last in _runs(days, None):
-        began = time.monotonic()
-        frame = market.hourly(entry.coin, _midnight(first), _midnight(last + DAY))
-        written = [
-            _write_day(lake, keys.coingecko("hourly", entry.coin, day), part, SERIES_WIDTH["hourly"], day)
-            for day, part in _by_day(frame, first, last)
-        ]
-        _report(f"{entry.coin} hourly", first, last, written, began)
-        partitions += written
-    return partitions
+def _points(settings: Settings, market: MarketData, entry: Symbol) -> list[_Series]:
+    """The coin's daily history and its hourly points."""
+    plan = PLANS[settings.coingecko_plan]
+    if plan.history is not None and not entry.all_time_highs:
+        log.warning(
+            "CoinGecko's %s plan reaches back %d days, not to the listing of %s on %s: its features cannot be built without dated "
+            "records in `all_time_highs` of %s",
+            *(plan.name, plan.history.days, entry.coin, entry.coin_listed, entry.name),
+        )
+    common = {"of": entry.coin, "symbol": entry.name, "source": "CoinGecko", "first": entry.coin_listed}
+    return [
+        _Series(
+            what=f"{entry.coin} daily history",
+            timeframe="daily",
+            step=SERIES_WIDTH["daily"],
+            key=partial(keys.coingecko, "daily", entry.coin),
+            begins=lambda day: first_daily_day(settings, entry, day),
+            fetch=partial(market.daily, entry.coin),
+            days_a_request=float("inf"),
+            **common,  # type: ignore[arg-type]
+        ),
+        _Series(
+            what=f"{entry.coin} hourly",
+            timeframe="hourly",
+            step=SERIES_WIDTH["hourly"],
+            key=partial(keys.coingecko, "hourly", entry.coin),
+            begins=lambda day: day,
+            fetch=partial(market.hourly, entry.coin),
+            days_a_request=HOURLY_DAYS_A_REQUEST,
+            **common,  # type: ignore[arg-type]
+        ),
+    ]
 
 
-def _load_daily(market: MarketData, lake: Lake, entry: Symbol, days: Sequence[date]) -> list[Summary]:
-    """One request for the history up to the last day; the partition of an earlier day is the part of it that day begins with."""
-    if not days:
-        return []
-    _check_listed(entry, days)
-    began = time.monotonic()
-    listed = _midnight(entry.coin_listed)
-    history = market.daily(entry.coin, listed, _midnight(days[-1] + DAY))
-    if history.is_empty():
+def _all(settings: Settings, market: MarketData, entry: Symbol, timeframes: Sequence[str], coingecko: bool) -> list[_Series]:
+    points = _points(settings, market, entry) if coingecko else []
+    return points + [_candles(settings, market, entry, timeframe) for timeframe in timeframes]
+
+
+def _days(series: _Series, start: date, end: date, now: Clock) -> list[date]:
+    """The days of ``[start, end)``, once they are over; MarketDataError where the source has nothing so early."""
+    days = closed_days(start, end, now)
+    if series.first and start < series.first:
+        name, setting = (
+            (series.symbol, "exchange_listed") if series.source == "Coinbase" else (series.what.split()[0], "coin_listed")
+        )
         raise MarketDataError(
-            f"CoinGecko has no daily history of {entry.coin} from {entry.coin_listed} to {days[-1]}: check the coin's id and "
-            "coin_listed in `symbols`, and the plan of CRPBOT_COINGECKO_API_KEY",
+            f"{start} lies before the listing of {name} on {series.first}: begin there, or correct {setting} in `symbols`",
             permanent=True,
         )
-    written: list[Summary] = []
-    for day in days:
-        part = history.filter(pl.col("timestamp") <= _midnight(day))
-        written.append(
-            _write(lake, keys.coingecko("daily", entry.coin, day), part, SERIES_WIDTH["daily"], listed, _midnight(day + DAY))
-        )
-    _report(f"{entry.coin} daily history", days[0], days[-1], written[-1:], began)
-    return written
+    return days
 
 
-def _by_day(frame: pl.DataFrame, first: date, last: date) -> Iterator[tuple[date, pl.DataFrame]]:
-    for day in _days(first, last + DAY):
-        yield day, frame.filter(pl.col("timestamp").is_between(_midnight(day), _midnight(day + DAY), closed="left"))
+def _survey(lake: Lake, spans: Sequence[tuple[_Series, list[date]]], refetch: Refetch, *, count: bool = False) -> list[_Work]:
+    """Which of the days are to be fetched. ``count``: the rows that present partitions lack are counted."""
+    if refetch not in REFETCH:
+        raise ValueError(f"refetch={refetch!r}: expected one of {', '.join(REFETCH)}")
+    work = []
+    for series, days in spans:
+        if refetch == "all":
+            work.append(_Work(series, days))
+            continue
+        stored = set(lake.keys(keys.partitions(series.key(days[0]))))
+        there = [day for day in days if series.key(day) in stored]
+        lacking = set(days) - set(there)
+        missing = 0
+        if count or refetch == "incomplete":
+            for day, lacks in zip(there, _lacks(lake, series, there), strict=True):
+                if refetch == "incomplete" and lacks:
+                    lacking.add(day)
+                else:
+                    missing += lacks
+        work.append(_Work(series, sorted(lacking), len(days) - len(lacking), missing))
+    return work
 
 
-def _write_day(lake: Lake, key: str, frame: pl.DataFrame, step: timedelta, day: date) -> Summary:
-    return _write(lake, key, frame, step, _midnight(day), _midnight(day + DAY))
+def _lacks(lake: Lake, series: _Series, days: Sequence[date]) -> Iterator[int]:
+    """How many rows each day's partition lacks; all of them where it cannot be read."""
+
+    def lacks(day: date) -> int:
+        begin, end = midnight(series.begins(day)), midnight(day + DAY)
+        frame = _stored(lake, series.key(day))
+        return (end - begin) // series.step if frame is None else cover(frame, series.step, begin, end).missing
+
+    with ThreadPoolExecutor(IN_PARALLEL) as pool:
+        yield from pool.map(lacks, days)
 
 
-def _write(lake: Lake, key: str, frame: pl.DataFrame, step: timedelta, start: datetime, end: datetime) -> Summary:
+def _to_heal(
+    settings: Settings,
+    market: MarketData,
+    lake: Lake,
+    symbols: Sequence[str],
+    start: date,
+    end: date,
+    every: bool,
+    now: Clock,
+) -> list[_Work]:
+    """The incomplete days of each symbol and timeframe."""
+    spans = [
+        (series, _days(series, start, end, now))
+        for symbol in symbols
+        for series in _all(settings, market, settings.symbol(symbol), TIMEFRAMES, coingecko=False)
+    ]
+    if every:
+        return _survey(lake, spans, "incomplete")
+    silent = _silent(lake, start, end)
+    work = []
+    for series, days in spans:
+        stored = set(lake.keys(keys.partitions(series.key(days[0]))))
+
+        def incomplete(day: date, series: _Series = series, stored: set[str] = stored) -> bool:
+            frame = _stored(lake, series.key(day)) if series.key(day) in stored else None
+            if frame is None:
+                return True
+            gaps = cover(frame, series.step, midnight(day), midnight(day + DAY)).gaps
+            explained = silent[series.symbol]
+            return any(not _within(gap.start, gap.start + timedelta(minutes=gap.minutes), explained) for gap in gaps)
+
+        with ThreadPoolExecutor(IN_PARALLEL) as pool:
+            lacking = [day for day, wanted in zip(days, pool.map(incomplete, days), strict=True) if wanted]
+        work.append(_Work(series, lacking, len(days) - len(lacking)))
+    return work
+
+
+Spans = list[tuple[datetime, datetime]]
+
+
+def _silent(lake: Lake, start: date, end: date) -> defaultdict[str, Spans]:
+    """Per symbol the stretches of time without a trade, by the gap records: what one of them calls so and none an outage."""
+    found: defaultdict[str, set[tuple[datetime, datetime]]] = defaultdict(set)
+    outages: defaultdict[str, Spans] = defaultdict(list)
+    for key in lake.keys(keys.GAPS):
+        record = lake.read_frame(key)
+        record = record.with_columns(end=pl.col("start") + pl.duration(minutes=pl.col("minutes")))
+        record = record.filter((pl.col("start") < midnight(end)) & (pl.col("end") > midnight(start)))
+        for symbol, kind, first, last in record.select("symbol", "kind", "start", "end").iter_rows():
+            if kind == "no_trade":
+                found[symbol].add((first, last))
+            else:
+                outages[symbol].append((first, last))
+    silent: defaultdict[str, Spans] = defaultdict(list)
+    for symbol, spans in found.items():
+        bad = outages[symbol]
+        silent[symbol] = sorted(s for s in spans if not any(a < s[1] and s[0] < b for a, b in bad))
+    return silent
+
+
+def _within(start: datetime, end: datetime, spans: Spans) -> bool:
+    """Whether ``[start, end)`` is covered by ``spans``, sorted."""
+    for first, last in spans:
+        if first <= start < last:
+            start = last
+        if start >= end:
+            return True
+    return False
+
+
+def _estimate(settings: Settings, work: Sequence[_Work]) -> Summary:
+    rates = {
+        "Coinbase": settings.coinbase_requests_per_second,
+        "CoinGecko": settings.coingecko_requests_per_second or PLANS[settings.coingecko_plan].requests_per_second,
+    }
+    asked: Counter[str] = Counter()
+    for one in work:
+        asked[one.series.source] += one.requests
+    series = [{"series": w.series.what, "present": w.present, "partitions": len(w.days), "requests": w.requests} for w in work]
+    return {
+        "present": sum(w.present for w in work),
+        "partitions": sum(len(w.days) for w in work),
+        "requests": sum(asked.values()),
+        "seconds": round(sum(n / rates[source] for source, n in asked.items()), 1),
+        "series": series,
+    }
+
+
+def _started(progress: Meter | None, what: str, work: Sequence[_Work]) -> Meter:
+    meter = progress or LogMeter(log)
+    meter.start(what, sum(len(w.days) for w in work), sum(w.requests for w in work))
+    return meter
+
+
+def _fetch(lake: Lake, work: Sequence[_Work], progress: Meter | None) -> list[_Stored]:
+    """Fetches ``work``, replacing what is there."""
+    return list(_stream(lake, work, _started(progress, work[0].series.symbol, work), again=False))
+
+
+def _run(lake: Lake, symbol: str, work: Sequence[_Work], progress: Meter | None) -> _Totals:
+    totals = _Totals()
+    for stored in _stream(lake, work, _started(progress, symbol, work), again=True):
+        totals.add(stored)
+        if stored.outcome == "kept":
+            log.warning("%s %s: kept as it is stored: the answer lacks %d of its rows", stored.series.what, stored.day, stored.lost)
+    return totals
+
+
+@dataclass
+class _Chunk:
+    series: _Series
+    days: list[date]
+    frame: pl.DataFrame
+    began: float
+    writes: list[Future[_Stored]] = field(default_factory=list)
+
+
+def _stream(lake: Lake, work: Sequence[_Work], meter: Meter, *, again: bool) -> Iterator[_Stored]:
+    """Fetches ``work``, and writes one piece of it while the next one is fetched. ``again``: what is stored is not lost by it."""
+    # nothing is written before each source has answered once: a wrong key or an unknown product leaves nothing behind
+    silent = {w.series.source for w in work if w.days}
+    held: list[_Chunk] = []
+    writing: list[_Chunk] = []
+    with ThreadPoolExecutor(IN_PARALLEL) as pool:
+        for one in work:
+            series = one.series
+            for days in series.chunks(one.days):
+                began = time.monotonic()
+                frame = series.fetch(midnight(series.begins(days[0])), midnight(days[-1] + DAY))
+                if series.grows and frame.is_empty():
+                    raise MarketDataError(
+                        f"CoinGecko has no {series.what} from {series.begins(days[0])} to {days[-1]}: check the coin's id and "
+                        "coin_listed in `symbols`, and the plan of CRPBOT_COINGECKO_API_KEY",
+                        permanent=True,
+                    )
+                silent.discard(series.source)
+                held.append(_Chunk(series, days, frame, began))
+                meter.advance(0, series.requests(days), f"{series.what} {days[-1]}")
+                if silent:
+                    continue
+                yield from _written(writing, meter)
+                for chunk in held:
+                    chunk.writes = [pool.submit(_store, lake, chunk.series, chunk.frame, day, keep=again) for day in chunk.days]
+                held, writing = [], held
+        yield from _written(writing, meter)
+
+
+def _written(chunks: Sequence[_Chunk], meter: Meter) -> Iterator[_Stored]:
+    """What became of the chunks' partitions, once they are written."""
+    for chunk in chunks:
+        done: list[_Stored] = []
+        for write in chunk.writes:
+            done.append(write.result())
+            meter.advance(1, 0, f"{chunk.series.what} {done[-1].day}")
+        _report(chunk, done)
+        yield from done
+
+
+def _store(lake: Lake, series: _Series, frame: pl.DataFrame, day: date, *, keep: bool) -> _Stored:
+    """Writes the day's part of ``frame``; ``keep``: unless that would lose rows, or is what is stored already."""
+    begin, end = midnight(series.begins(day)), midnight(day + DAY)
     # rechunk: a day cut out of a longer fetch must give the same bytes as the day fetched alone
-    lake.write_frame(key, frame.rechunk())
-    found = cover(frame, step, start, end)
-    return {"key": key, **_counts(found), "gaps": len(found.gaps)}
+    part = frame.filter(pl.col("timestamp").is_between(begin, end, closed="left")).rechunk()
+    old = _stored(lake, series.key(day)) if keep else None
+    outcome: Outcome = "fetched"
+    added = changed = lost = 0
+    if old is not None and old.schema == part.schema:
+        added, changed, lost = _difference(old, part)
+        outcome = "kept" if lost else "filled" if added else "changed" if changed else "unchanged"
+    if outcome == "kept" and old is not None:
+        part = old
+    elif outcome != "unchanged":
+        lake.write_frame(series.key(day), part)
+    found = cover(part, series.step, begin, end)
+    return _Stored(series, day, found.rows, found.expected, len(found.gaps), outcome, added, changed, lost)
 
 
-def _report(what: str, first: date, last: date, written: list[Summary], began: float) -> None:
-    rows, missing, gaps = (sum(p[name] for p in written) for name in ("rows", "missing", "gaps"))
-    empty = sum(p["rows"] == 0 for p in written)
+def _stored(lake: Lake, key: str) -> pl.DataFrame | None:
+    """The partition; None where there is none, or none that can be read."""
+    try:
+        return lake.read_frame(key)
+    except (KeyMissingError, UnreadableError):
+        return None
+
+
+def _difference(old: pl.DataFrame, new: pl.DataFrame) -> tuple[int, int, int]:
+    """Rows of ``new`` that ``old`` has not, rows with another value, rows of ``old`` that are absent or unknown in ``new``."""
+    both = old.join(new, on="timestamp", suffix="_new")
+    values = [c for c in old.columns if c != "timestamp"]
+    unknown = pl.any_horizontal(pl.col(c).is_not_null() & pl.col(f"{c}_new").is_null() for c in values)
+    other = pl.any_horizontal(pl.col(c).ne_missing(pl.col(f"{c}_new")) for c in values)
+    lost = old.height - both.height + both.filter(unknown).height
+    return new.height - both.height, both.filter(other).height, lost
+
+
+def _report(chunk: _Chunk, written: Sequence[_Stored]) -> None:
+    # of a history that grows the last partition says it all
+    counted = written[-1:] if chunk.series.grows else written
+    rows, missing, gaps = sum(p.rows for p in counted), sum(p.missing for p in counted), sum(p.gaps for p in counted)
+    empty = sum(p.rows == 0 for p in written)
+    first, last = chunk.days[0], chunk.days[-1]
     days = f"{first}" if first == last else f"{first} to {last}"
-    line = f"{what} {days}: {rows} rows, {missing} absent in {gaps} gaps, {time.monotonic() - began:.1f} s"
+    line = f"{chunk.series.what} {days}: {rows} rows, {missing} absent in {gaps} gaps, {time.monotonic() - chunk.began:.1f} s"
     if empty:
         log.warning("%s; %d of %d days were served without a row", line, empty, len(written))
     else:
         log.info("%s", line)
 
 
-def _judge_candles(lake: Lake, symbol: str, day: date, problems: list[str]) -> Summary:
-    judged: Summary = {}
-    minutes: pl.DataFrame | None = None
-    start, end = _midnight(day), _midnight(day + DAY)
-    for timeframe in TIMEFRAMES:
-        key = keys.candles(timeframe, symbol, day)
-        frame = _read(lake, key, problems, lambda f, k=key, tf=timeframe: check_candles(f, tf, start, end, lake.url(k)))  # type: ignore[misc]
-        if frame is None:
-            continue
-        judged[timeframe] = _counts(cover(frame, width(timeframe), start, end))
-        if timeframe == "1m":
-            minutes = frame
-        elif minutes is not None:
-            judged[timeframe]["against_1m"] = compare(minutes, frame, timeframe)
-    return judged
-
-
-def _judge_points(lake: Lake, entry: Symbol, day: date, problems: list[str]) -> Summary:
-    judged: Summary = {}
-    begins = {"hourly": day, "daily": entry.coin_listed}
-    for series, first in begins.items():
-        key = keys.coingecko(series, entry.coin, day)
-        frame = _read(lake, key, problems, lambda f, k=key, s=series: check_points(f, s, lake.url(k)))  # type: ignore[misc]
-        if frame is None:
-            continue
-        found = cover(frame, SERIES_WIDTH[series], _midnight(first), _midnight(day + DAY))
-        outside = frame.height - found.rows
-        if outside:
-            problems.append(f"{lake.url(key)}: {outside} of {frame.height} rows lie outside {first} to {day}")
-            continue
-        judged[series] = _counts(found)
-        if series == "daily":
-            if frame.is_empty():
-                problems.append(f"{lake.url(key)}: the daily history is empty")
-                continue
-            newest: datetime = frame["timestamp"][-1]
-            judged[series]["days_behind"] = (_midnight(day) - newest) // DAY
-            if judged[series]["days_behind"]:
-                log.warning(
-                    "%s %s: the daily history ends on %s, %d days before",
-                    entry.coin,
-                    day,
-                    newest.date(),
-                    judged[series]["days_behind"],
-                )
-    return judged
-
-
-def _read(lake: Lake, key: str, problems: list[str], check: Callable[[pl.DataFrame], None]) -> pl.DataFrame | None:
-    try:
-        frame = lake.read_frame(key)
-        check(frame)
-    except (KeyMissingError, UnreadableError, QualityError) as error:
-        problems.append(str(error))
-        return None
-    return frame
-
-
-def _largest(comparisons: Mapping[Any, Summary]) -> str:
-    """`` (largest: 15m volume by 2.1 %)`` of all differences, or nothing."""
-    found = [(c["largest"], f"{tf} {name}") for tf, d in comparisons.items() for name, c in d["columns"].items()]
-    if not found:
-        return ""
-    size, where = max(found)
-    return f" (largest: {where} by {100 * size:.3g} %)"
-
-
-def _counts(found: Coverage) -> Summary:
-    gaps = [{"start": gap.start.strftime("%Y-%m-%dT%H:%M:%SZ"), "minutes": gap.minutes} for gap in found.gaps]
-    return {"rows": found.rows, "expected": found.expected, "missing": found.missing, "gaps": gaps}
-
-
-def _closed_days(start: date, end: date, now: Clock) -> list[date]:
-    _check_interval(start, end)
-    over = now()
-    if _midnight(end) > over:
-        raise MarketDataError(
-            f"{end - DAY} is not over yet: it ends at {_midnight(end):%Y-%m-%d %H:%M} UTC and it is {over:%Y-%m-%d %H:%M} UTC; "
-            "fetch it after that, partitions hold whole days",
-            permanent=True,
-        )
-    return list(_days(start, end))
-
-
-def _check_interval(start: date, end: date) -> None:
-    if end <= start:
-        raise ValueError(f"the interval [{start}, {end}) holds no day: the end is exclusive and lies after the start")
-
-
-def _check_listed(entry: Symbol, days: Sequence[date]) -> None:
-    if days and days[0] < entry.coin_listed:
-        raise MarketDataError(
-            f"{days[0]} lies before the listing of {entry.coin} on {entry.coin_listed}: begin there, or correct coin_listed",
-            permanent=True,
-        )
-
-
-def _days(start: date, end: date) -> Iterator[date]:
-    return (start + n * DAY for n in range((end - start) // DAY))
-
-
-def _runs(days: Sequence[date], at_most: int | None) -> Iterator[tuple[date, date]]:
-    """(first, last) of each run of neighbouring days, in pieces of ``at_most``."""
-    rest = iter(days)
-    run = list(islice(rest, 1))
-    for day in rest:
-        if day != run[-1] + DAY or (at_most is not None and len(run) >= at_most):
-            yield run[0], run[-1]
-            run = []
-        run.append(day)
-    if run:
-        yield run[0], run[-1]
-
-
-def _midnight(day: date) -> datetime:
-    return datetime(day.year, day.month, day.day, tzinfo=UTC)
+def _shown(outcomes: Counter[str]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in sorted(outcomes.items())) or "none"

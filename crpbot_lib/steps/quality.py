@@ -1,0 +1,270 @@
+"""Judging what the lake holds: how much of it is there, whether it can be true, and what its gaps are. Fetches nothing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date, datetime
+from typing import Any
+
+import polars as pl
+
+from crpbot_lib.config import TIMEFRAMES, Settings, Symbol
+from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
+from crpbot_lib.market_data import QualityError
+from crpbot_lib.market_data.frames import CANDLE_SCHEMA, SERIES_WIDTH, width
+from crpbot_lib.market_data.gaps import MINUTE_COLUMNS, WIDER_COLUMNS, classify, holes
+from crpbot_lib.market_data.quality import Coverage, Finding, check_candles, check_points, compare, suspicious
+from crpbot_lib.market_data.quality import coverage as cover
+from crpbot_lib.steps.days import DAY, check_interval, days_of, first_daily_day, midnight
+
+log = logging.getLogger(__name__)
+
+READERS = 8
+"""Partitions read at once; each waits for the network, not for the processor."""
+
+FINDINGS_KEPT = 100
+"""Suspicious stretches of one frame that the day's record lists; all are counted."""
+
+Summary = dict[str, Any]
+
+
+def coverage(settings: Settings, lake: Lake, symbol: str, timeframe: str, start: date, end: date) -> Summary:
+    """What the lake has of the UTC days ``[start, end)``: per day ``state`` (absent, empty, partial, complete), ``rows``,
+    ``expected``, ``missing`` and ``gaps``, and the totals. An absent partition counts as all rows missing."""
+    settings.symbol(symbol)
+    step = width(timeframe)
+    check_interval(start, end)
+    stored = set(lake.keys(keys.partitions(keys.candles(timeframe, symbol, start))))
+
+    def of(day: date) -> Summary:
+        key = keys.candles(timeframe, symbol, day)
+        if key in stored:
+            found = cover(lake.read_frame(key), step, midnight(day), midnight(day + DAY))
+            state = "empty" if found.rows == 0 else "partial" if found.missing else "complete"
+        else:
+            found, state = Coverage(expected=DAY // step, rows=0, gaps=()), "absent"
+        return {"day": day.isoformat(), "state": state, **_counts(found)}
+
+    with ThreadPoolExecutor(READERS) as pool:
+        days = list(pool.map(of, days_of(start, end)))
+    return {
+        "symbol": symbol,
+        "timeframe": timeframe,
+        "start": start.isoformat(),
+        "end": end.isoformat(),
+        "rows": sum(d["rows"] for d in days),
+        "missing": sum(d["missing"] for d in days),
+        "absent": sum(d["state"] == "absent" for d in days),
+        "days": days,
+    }
+
+
+def gaps(settings: Settings, lake: Lake, symbols: Sequence[str], start: date, end: date) -> Summary:
+    """Tells the minutes of the UTC days ``[start, end)`` that have no 1m candle as *no trade* or *outage*, all ``symbols`` together,
+    and writes the record (GAP_SCHEMA) to ``keys.gaps(start, end)``.
+
+    One day of one symbol cannot be told alone: a day's edges depend on its neighbours, an outage on the other symbols. So the
+    days beside the interval are read as well, where they are stored; a gap over the interval's end is recorded whole. Days
+    that are not stored are no gap: nothing is known of them. One symbol at a time is in memory.
+
+    Returns ``key`` and per symbol ``outages, outage_minutes, longest`` (``start, minutes`` or None), ``no_trade, no_trade_minutes``
+    and ``not_fetched`` (days). ValueError for an unknown symbol or an interval without a day.
+    """
+    check_interval(start, end)
+    known = [settings.symbol(symbol).name for symbol in symbols]
+    began = time.monotonic()
+    found: dict[str, pl.DataFrame] = {}
+    not_fetched: dict[str, int] = {}
+    for symbol in known:
+        days, minutes = _columns(lake, symbol, "1m", start, end, MINUTE_COLUMNS)
+        wider: dict[str, pl.DataFrame] = {
+            tf: _columns(lake, symbol, tf, start, end, WIDER_COLUMNS)[1] for tf in TIMEFRAMES if tf != "1m"
+        }
+        not_fetched[symbol] = (end - start) // DAY - sum(start <= day < end for day in days)
+        found[symbol] = holes(minutes, wider, midnight(start), midnight(end), fetched=days)
+    record = classify(found)
+    key = keys.gaps(start, end)
+    lake.write_frame(key, record)
+    summary = {symbol: {**_gaps_of(record, symbol), "not_fetched": not_fetched[symbol]} for symbol in known}
+    for symbol, told in summary.items():
+        longest = f", the longest {told['longest']['minutes']} min from {told['longest']['start']}" if told["longest"] else ""
+        log.log(
+            logging.WARNING if told["not_fetched"] else logging.INFO,
+            "%s %s to %s: %d outages, %d minutes%s; %d gaps without a trade, %d minutes; %d days not fetched",
+            *(symbol, start, end, told["outages"], told["outage_minutes"], longest),
+            *(told["no_trade"], told["no_trade_minutes"], told["not_fetched"]),
+        )
+    log.info("gaps of %d symbols in %.1f s: %s", len(known), time.monotonic() - began, lake.url(key))
+    return {"key": key, "start": start.isoformat(), "end": end.isoformat(), "symbols": summary}
+
+
+def read_gaps(lake: Lake, start: date, end: date) -> list[Summary]:
+    """The rows of the record ``keys.gaps(start, end)``: ``symbol, start, minutes, kind, evidence``."""
+    rows = lake.read_frame(keys.gaps(start, end)).iter_rows(named=True)
+    return [{**row, "start": _iso(row["start"])} for row in rows]
+
+
+def check_quality(settings: Settings, lake: Lake, symbols: list[str], day: date) -> Summary:
+    """Judges one day's partitions of ``symbols`` and writes the record to ``keys.quality(day)``, also when it does not pass.
+
+    Each symbol needs the candles of all timeframes and both CoinGecko partitions, each possible in itself, and at least one 1m
+    candle; otherwise QualityError lists every problem. Absent minutes, gaps, stretches that look frozen and spikes, a daily
+    history that ends early, and differences between the fetched timeframes and the resampled 1m are counted and logged, and
+    do not fail.
+
+    Returns ``key`` and per symbol ``rows``, ``missing`` and ``gaps`` of its 1m candles, ``differing``, the higher-timeframe candles
+    that disagree with them, and ``frozen`` and ``spikes``, the suspicious stretches of the 1m candles.
+    """
+    problems: list[str] = []
+    report: dict[str, Summary] = {}
+    for name in symbols:
+        entry = settings.symbol(name)
+        report[name] = {
+            "candles": _judge_candles(lake, name, day, problems),
+            "coingecko": _judge_points(settings, lake, entry, day, problems),
+        }
+    key = keys.quality(day)
+    lake.write_json(key, {"day": day.isoformat(), "passed": not problems, "problems": problems, "symbols": report})
+    if problems:
+        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+        raise QualityError(
+            f"{day}: {len(problems)} partitions are absent or broken: {shown}. Fetch them again; the record is {lake.url(key)}"
+        )
+
+    per_symbol: dict[str, Summary] = {}
+    for name, judged in report.items():
+        minutes = judged["candles"]["1m"]
+        differing = {tf: judged["candles"][tf]["against_1m"] for tf in TIMEFRAMES if tf != "1m"}
+        told = per_symbol[name] = {
+            "rows": minutes["rows"],
+            "missing": minutes["missing"],
+            "gaps": len(minutes["gaps"]),
+            "differing": sum(d["differing"] + d["only_fetched"] + d["only_resampled"] for d in differing.values()),
+            "frozen": minutes["suspicious"]["frozen"],
+            "spikes": minutes["suspicious"]["spike"],
+        }
+        log.info(
+            "%s %s: %d minutes, %d absent in %d gaps; %d candles of %s disagree with the 1m%s",
+            *(name, day, told["rows"], told["missing"], told["gaps"], told["differing"], ", ".join(differing), _largest(differing)),
+        )
+        if told["frozen"] or told["spikes"]:
+            shown = "; ".join(f"{f['start']} {f['detail']}" for f in minutes["suspicious"]["findings"][:3])
+            log.warning("%s %s: %d frozen stretches, %d spikes: %s", name, day, told["frozen"], told["spikes"], shown)
+    return {"day": day.isoformat(), "key": key, "symbols": per_symbol}
+
+
+def _columns(
+    lake: Lake, symbol: str, timeframe: str, start: date, end: date, columns: Sequence[str]
+) -> tuple[list[date], pl.DataFrame]:
+    """(days, rows) of the stored partitions of ``[start, end)`` and of the day on either side of it."""
+    stored = set(lake.keys(keys.partitions(keys.candles(timeframe, symbol, start))))
+    days = [day for day in days_of(start - DAY, end + DAY) if keys.candles(timeframe, symbol, day) in stored]
+
+    def read(day: date) -> pl.DataFrame:
+        return lake.read_frame(keys.candles(timeframe, symbol, day)).select(columns)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        frames = list(pool.map(read, days))
+    nothing = pl.DataFrame(schema={name: CANDLE_SCHEMA[name] for name in columns})
+    return days, pl.concat([nothing, *frames])
+
+
+def _gaps_of(record: pl.DataFrame, symbol: str) -> Summary:
+    of = record.filter(pl.col("symbol") == symbol)
+    outages, silent = of.filter(pl.col("kind") == "outage"), of.filter(pl.col("kind") == "no_trade")
+    longest = outages.sort("minutes", "start", descending=[True, False]).head(1).to_dicts()
+    return {
+        "outages": outages.height,
+        "outage_minutes": int(outages["minutes"].sum()),
+        "longest": {"start": _iso(longest[0]["start"]), "minutes": longest[0]["minutes"]} if longest else None,
+        "no_trade": silent.height,
+        "no_trade_minutes": int(silent["minutes"].sum()),
+    }
+
+
+def _judge_candles(lake: Lake, symbol: str, day: date, problems: list[str]) -> Summary:
+    judged: Summary = {}
+    minutes: pl.DataFrame | None = None
+    start, end = midnight(day), midnight(day + DAY)
+    for timeframe in TIMEFRAMES:
+        key = keys.candles(timeframe, symbol, day)
+        frame = _read(lake, key, problems, lambda f, k=key, tf=timeframe: check_candles(f, tf, start, end, lake.url(k)))  # type: ignore[misc]
+        if frame is None:
+            continue
+        found = suspicious(frame, timeframe)
+        judged[timeframe] = {**_counts(cover(frame, width(timeframe), start, end)), "suspicious": _suspicious(found)}
+        if timeframe == "1m":
+            minutes = frame
+            if frame.is_empty():
+                problems.append(f"{lake.url(key)}: the exchange served not one candle of the day")
+        elif minutes is not None:
+            judged[timeframe]["against_1m"] = compare(minutes, frame, timeframe)
+    return judged
+
+
+def _judge_points(settings: Settings, lake: Lake, entry: Symbol, day: date, problems: list[str]) -> Summary:
+    judged: Summary = {}
+    begins = {"hourly": (day, day), "daily": (entry.coin_listed, first_daily_day(settings, entry, day))}
+    for series, (earliest, first) in begins.items():
+        key = keys.coingecko(series, entry.coin, day)
+        frame = _read(lake, key, problems, lambda f, k=key, s=series: check_points(f, s, lake.url(k)))  # type: ignore[misc]
+        if frame is None:
+            continue
+        outside = frame.filter(~pl.col("timestamp").is_between(midnight(earliest), midnight(day + DAY), closed="left")).height
+        if outside:
+            problems.append(f"{lake.url(key)}: {outside} of {frame.height} rows lie outside {earliest} to {day}")
+            continue
+        found = cover(frame, SERIES_WIDTH[series], midnight(first), midnight(day + DAY))
+        judged[series] = _counts(found)
+        if series == "daily":
+            if frame.is_empty():
+                problems.append(f"{lake.url(key)}: the daily history is empty")
+                continue
+            newest: datetime = frame["timestamp"][-1]
+            judged[series]["days_behind"] = (midnight(day) - newest) // DAY
+            if judged[series]["days_behind"]:
+                log.warning(
+                    "%s %s: the daily history ends on %s, %d days before",
+                    entry.coin,
+                    day,
+                    newest.date(),
+                    judged[series]["days_behind"],
+                )
+    return judged
+
+
+def _suspicious(found: Sequence[Finding]) -> Summary:
+    kinds = [finding.kind for finding in found]
+    listed = [{"kind": f.kind, "start": _iso(f.start), "rows": f.rows, "value": f.value, "detail": f.detail} for f in found]
+    return {"frozen": kinds.count("frozen"), "spike": kinds.count("spike"), "findings": listed[:FINDINGS_KEPT]}
+
+
+def _read(lake: Lake, key: str, problems: list[str], check: Callable[[pl.DataFrame], None]) -> pl.DataFrame | None:
+    try:
+        frame = lake.read_frame(key)
+        check(frame)
+    except (KeyMissingError, UnreadableError, QualityError) as error:
+        problems.append(str(error))
+        return None
+    return frame
+
+
+def _largest(comparisons: Mapping[Any, Summary]) -> str:
+    """`` (largest: 15m volume by 2.1 %)`` of all differences, or nothing."""
+    found = [(c["largest"], f"{tf} {name}") for tf, d in comparisons.items() for name, c in d["columns"].items()]
+    if not found:
+        return ""
+    size, where = max(found)
+    return f" (largest: {where} by {100 * size:.3g} %)"
+
+
+def _counts(found: Coverage) -> Summary:
+    gaps = [{"start": _iso(gap.start), "minutes": gap.minutes} for gap in found.gaps]
+    return {"rows": found.rows, "expected": found.expected, "missing": found.missing, "gaps": gaps}
+
+
+def _iso(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
