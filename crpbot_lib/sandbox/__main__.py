@@ -11,7 +11,10 @@ import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
 
+from crpbot_lib.sandbox.coingecko import Plan
+from crpbot_lib.sandbox.faults import TARGETS, RateLimit, Target
 from crpbot_lib.sandbox.server import Sandbox, SandboxOptions, default_data_dir
 from crpbot_lib.sandbox.synthetic import DEFAULT_END, DEFAULT_START
 
@@ -28,17 +31,32 @@ def _pair(text: str) -> tuple[str, float]:
     return name, float(value)
 
 
+def _rate_limit(text: str) -> tuple[Target, RateLimit]:
+    target, _, rate = text.partition("=")
+    per_second, _, burst = rate.partition(":")
+    if target not in TARGETS:
+        raise argparse.ArgumentTypeError(f"a rate limit is of {' or '.join(TARGETS)}, not of {target!r}")
+    return target, RateLimit(per_second=float(per_second), burst=float(burst or per_second))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m crpbot_lib.sandbox", description=__doc__)
     serve = parser.add_subparsers(dest="command", required=True).add_parser("serve", help="run until SIGTERM or Ctrl-C")
     add = serve.add_argument
     add("--state", type=Path, required=True, help="folder for sandbox.json (written when ready) and the instances' files")
     add("--data", type=Path, default=None, help="folder of real market data (default: CRPBOT_SANDBOX_DATA, ../shared/market_data)")
+    add("--venue", default=None, help="folder under --data whose candles are served, as candles_1m_windows/binance_spot_2023-03")
     add("--synthetic", action="store_true", help="generate market data even where a folder of real data is at hand")
     add("--synthetic-seed", type=int, default=1)
     add("--synthetic-start", type=_time, default=DEFAULT_START, metavar="TIME", help="UTC; first generated candle")
     add("--synthetic-end", type=_time, default=DEFAULT_END, metavar="TIME|now", help="UTC; end of the generated candles")
     add("--synthetic-price", type=_pair, action="append", default=[], metavar="SYMBOL=USD", help="price at the end; repeatable")
+    add("--synthetic-symbol", action="append", default=[], metavar="SYMBOL", help="generated beside the real ones; repeatable")
+    add("--omit-minutes", type=float, default=0.0, metavar="SHARE", help="of the 1m candles, as minutes without a trade")
+    add("--now", type=_time, default=None, metavar="TIME", help="UTC; what the markets take for the present (default: the clock)")
+    add("--rate-limit", type=_rate_limit, action="append", default=[], metavar="exchange|coingecko=PER_SECOND[:BURST]")
+    add("--coingecko-plan", choices=get_args(Plan), default="pro")
+    add("--coingecko-messy", action="store_true", help="off-grid stamps, nulls, a backwards stamp, the now point")
     add("--spot-price", type=_pair, action="append", default=[], metavar="TYPE=USD", help="USD an hour; repeatable")
     add("--boot-seconds", type=float, default=2.0)
     add("--shutdown-seconds", type=float, default=1.5)
@@ -58,6 +76,13 @@ def main() -> int:
         signal.signal(signum, lambda *_: ended.set())
     options = SandboxOptions(
         data_dir=None if arguments.synthetic else (arguments.data or default_data_dir()),
+        venue=arguments.venue,
+        synthetic_symbols=tuple(arguments.synthetic_symbol),
+        omit_minutes=arguments.omit_minutes,
+        now=arguments.now,
+        rate_limits=dict(arguments.rate_limit),
+        coingecko_plan=arguments.coingecko_plan,
+        coingecko_messy=arguments.coingecko_messy,
         synthetic_seed=arguments.synthetic_seed,
         synthetic_start=arguments.synthetic_start,
         synthetic_end=arguments.synthetic_end,

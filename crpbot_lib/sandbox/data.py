@@ -6,27 +6,38 @@ market_cap, total_volume), timestamps Datetime("us", "UTC"), sorted. Nothing is 
 
 from __future__ import annotations
 
+import re
 import threading
-from datetime import timedelta
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
+import numpy as np
 import polars as pl
 
 from crpbot_lib.config import DEFAULT_SYMBOLS, TIMEFRAME_SECONDS
 
 Series = Literal["hourly", "daily"]
+Kind = Literal["real", "synthetic", "mixed"]
 COINS = {symbol.coin: symbol.name for symbol in DEFAULT_SYMBOLS}
 UTC_MICROSECONDS = pl.Datetime("us", "UTC")
+COLUMNS = ("timestamp", "open", "high", "low", "close", "volume")
+WIDER = tuple(timeframe for timeframe in TIMEFRAME_SECONDS if timeframe != "1m")
 
 
 class Source(Protocol):
     """Market data behind the stand-ins."""
 
-    kind: Literal["real", "synthetic"]
+    @property
+    def kind(self) -> Kind:
+        """What all of it is."""
+
+    def kind_of(self, name: str) -> Kind:
+        """What the candles of a symbol, or the points of a coin, are."""
 
     def candles(self, symbol: str, timeframe: str) -> pl.DataFrame | None:
-        """All candles of one series; None for a product that does not exist here."""
+        """All candles of one series; None for a product that does not exist here, no rows for a width that it does not have."""
 
     def points(self, coin: str, series: Series) -> pl.DataFrame | None:
         """All CoinGecko points of one series; None for a coin that does not exist here."""
@@ -85,6 +96,13 @@ def derive_hourly(hours: pl.DataFrame, daily: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def omit(minutes: pl.DataFrame, share: float, seed: int, symbol: str) -> pl.DataFrame:
+    """``minutes`` without a seeded ``share`` of them; the first and the last stay, so that wider candles end where they did."""
+    kept = np.random.default_rng([seed, *symbol.encode()]).random(minutes.height) >= share
+    kept[[0, -1]] = True
+    return minutes.filter(pl.Series(kept))
+
+
 def span(frame: pl.DataFrame) -> dict[str, Any]:
     """First and last timestamp and the number of rows, in JSON."""
     return {"first": frame["timestamp"][0].isoformat(), "last": frame["timestamp"][-1].isoformat(), "rows": frame.height}
@@ -93,40 +111,77 @@ def span(frame: pl.DataFrame) -> dict[str, Any]:
 class FolderSource:
     """Real data from a folder laid out as ``market_data`` (its README says what each file is).
 
-    Candles are one venue's, the Binance USDT perpetual: 1m as recorded, 5m as recorded where they were and resampled from the 1m
-    before and after, 15m and 1h resampled. CoinGecko's daily points are as exported; its hourly points are derived
-    (``derive_hourly``) with the 1h candles of the Binance spot market.
+    ``venue`` is a folder in it, and its candles are the only ones served: ``{symbol}.parquet`` are the 1m candles,
+    ``{symbol}_{width}.parquet`` and ``{symbol}_{width}_*.parquet`` recorded wider ones, there and in the folder of ``candles_mtf``
+    that belongs to it. Wider candles are resampled from the 1m ones where there is no recording of them. Without 1m candles
+    only what was recorded is there. CoinGecko's daily points are as exported; its hourly points are derived (``derive_hourly``)
+    with the 1h candles of the Binance spot market.
+
+    ``omitted`` is the share of 1m candles to leave out (``omit``). The recordings, which know the minutes left out, are then
+    set aside, and every wider candle is made of what is left.
+
+    FileNotFoundError for a folder that is none of market data or has no such venue.
     """
 
-    kind: Literal["real", "synthetic"] = "real"
+    kind: Kind = "real"
+    DEFAULT_VENUE = "candles_1m"
+    RECORDED_ELSEWHERE: Final = {"candles_1m": "binance_perp_2025-05", "candles_1m_spot": "binance_spot_2025-05"}
+    """Where in ``candles_mtf`` the venue's wider candles are, if not under the venue's own name."""
+    _NAME = re.compile(r"(?P<symbol>[A-Z0-9]+-[A-Z]+)(_(?P<width>[0-9]+[mh])(_.*)?)?")
 
-    def __init__(self, folder: Path) -> None:
-        if not (folder / "candles_1m").is_dir() or not (folder / "daily").is_dir():
+    def __init__(self, folder: Path, venue: str | None = None, *, omitted: float = 0.0, seed: int = 1) -> None:
+        if not (folder / self.DEFAULT_VENUE).is_dir() or not (folder / "daily").is_dir():
             raise FileNotFoundError(
                 f"{folder} is no folder of market data: expected candles_1m/ and daily/ in it. "
                 "Give another one, or none for generated data"
             )
-        self.folder = folder
-        self._frames: dict[tuple[str, str], pl.DataFrame | None] = {}
-        self._lock = threading.Lock()
+        self.folder, self.venue = folder, (venue or self.DEFAULT_VENUE).strip("/")
+        self._omitted, self._seed = omitted, seed
+        own = folder / self.venue
+        recorded = folder / "candles_mtf" / self.RECORDED_ELSEWHERE.get(self.venue, own.name)
+        self._files: dict[tuple[str, str], list[Path]] = {}
+        if own.resolve().is_relative_to(folder.resolve()):
+            for file in sorted({*own.glob("*.parquet"), *recorded.glob("*.parquet")}):
+                if name := self._NAME.fullmatch(file.stem):
+                    self._files.setdefault((name["symbol"], name["width"] or "1m"), []).append(file)
+        if not self._files:
+            there = sorted({str(f.parent.relative_to(folder)) for f in folder.glob("candles*/**/*.parquet")})
+            raise FileNotFoundError(f"{folder} has no candles of a venue {self.venue!r}; it has {', '.join(there)}")
+        self.symbols = tuple(sorted({symbol for symbol, _ in self._files}))
+        self._frames: dict[tuple[str, str], pl.DataFrame] = {}
+        self._points: dict[tuple[str, str], pl.DataFrame | None] = {}
+        self._lock = threading.RLock()  # a wider series is made of the 1m one
+
+    def kind_of(self, name: str) -> Kind:  # noqa: ARG002  # everything here is real
+        return self.kind
 
     def candles(self, symbol: str, timeframe: str) -> pl.DataFrame | None:
-        return self._cached(symbol, timeframe)
+        return self._cached(symbol, timeframe) if symbol in self.symbols else None
 
     def points(self, coin: str, series: Series) -> pl.DataFrame | None:
-        return self._cached(coin, series)
+        if coin not in COINS:
+            return None
+        with self._lock:
+            if (coin, series) not in self._points:
+                self._points[coin, series] = self._fundamentals(coin, series)
+            return self._points[coin, series]
+
+    def bounds(self) -> tuple[datetime, datetime]:
+        """[start, end) of the venue: from the first candle's opening to the last one's close."""
+        frames = [(TIMEFRAME_SECONDS[width], self._cached(symbol, width)["timestamp"]) for symbol, width in self._files]
+        return min(stamps[0] for _, stamps in frames), max(stamps[-1] + timedelta(seconds=width) for width, stamps in frames)
 
     def describe(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
             "folder": str(self.folder),
             "candles": {
-                "venue": "Binance USDT perpetual, under the product names of Coinbase",
-                "1m": "recorded",
-                "5m": "recorded where there is a recording, resampled from 1m before and after it",
-                "15m": "resampled from 1m",
-                "1h": "resampled from 1m",
-                "spans": {s: span(f) for s in COINS.values() if (f := self.candles(s, "1m")) is not None},
+                "venue": f"{self.venue}, under the product names of Coinbase",
+                **{width: self._origin(width) for width in TIMEFRAME_SECONDS},
+                **(
+                    {"omitted": f"{self._omitted:g} of the 1m candles, recordings of wider ones set aside"} if self._omitted else {}
+                ),
+                "spans": {symbol: self._spans(symbol) for symbol in self.symbols},
             },
             "coingecko": {
                 "daily": "recorded",
@@ -135,34 +190,91 @@ class FolderSource:
             },
         }
 
-    def _cached(self, name: str, series: str) -> pl.DataFrame | None:
+    def _origin(self, width: str) -> dict[str, str]:
+        """By symbol, where its candles of one width are from."""
+        said = {}
+        for symbol in self.symbols:
+            files = [str(file.relative_to(self.folder)) for file in self._recorded(symbol, width)]
+            origins = [f"recorded in {', '.join(files)}"] if files else []
+            if width != "1m" and (symbol, "1m") in self._files:
+                origins.append("resampled from 1m where there is no recording" if files else "resampled from 1m")
+            said[symbol] = "; ".join(origins) or "none"
+        return said
+
+    def _spans(self, symbol: str) -> dict[str, Any]:
+        frames = {width: self._cached(symbol, width) for width in TIMEFRAME_SECONDS}
+        return {width: span(frame) for width, frame in frames.items() if not frame.is_empty()}
+
+    def _recorded(self, symbol: str, width: str) -> list[Path]:
+        if self._omitted and width != "1m" and (symbol, "1m") in self._files:
+            return []
+        return self._files.get((symbol, width), [])
+
+    def _cached(self, symbol: str, width: str) -> pl.DataFrame:
         with self._lock:
-            if (name, series) not in self._frames:
-                self._frames[name, series] = self._load(name, series)
-            return self._frames[name, series]
+            if (symbol, width) not in self._frames:
+                self._frames[symbol, width] = self._load(symbol, width)
+            return self._frames[symbol, width]
 
-    def _load(self, name: str, series: str) -> pl.DataFrame | None:
-        if series == "daily":
-            return self._read(f"daily/{name}.parquet") if name in COINS else None
-        if series == "hourly":
-            if name not in COINS:
-                return None
-            daily = self._read(f"daily/{name}.parquet")
-            hours = self._read(f"candles_mtf/binance_spot_2023-2025/{COINS[name]}_1h.parquet")
-            return None if daily is None or hours is None else derive_hourly(hours, daily)
-        minutes = self._read(f"candles_1m/{name}.parquet") if name in COINS.values() else None
-        if minutes is None or series == "1m":
-            return minutes
-        wider = resample(minutes, series)
-        recorded = self._read(f"candles_mtf/binance_perp_2025-05/{name}_5m.parquet") if series == "5m" else None
-        if recorded is None:
-            return wider
-        first, last = recorded["timestamp"][0], recorded["timestamp"][-1]
-        stamp = pl.col("timestamp")
-        return pl.concat([wider.filter(stamp < first), recorded, wider.filter(stamp > last)])
+    def _load(self, symbol: str, width: str) -> pl.DataFrame:
+        pieces = [_read(file).select(COLUMNS) for file in self._recorded(symbol, width)]
+        if width == "1m":
+            minutes = _join(pieces, f"{symbol} 1m of {self.venue}")
+            return omit(minutes, self._omitted, self._seed, symbol) if self._omitted and pieces else minutes
+        minutes = self._cached(symbol, "1m")
+        if not minutes.is_empty():
+            resampled = resample(minutes, width)
+            for piece in pieces:
+                inside = pl.col("timestamp").is_between(piece["timestamp"][0], piece["timestamp"][-1])
+                resampled = resampled.filter(~inside)
+            pieces.append(resampled)
+        return _join(pieces, f"{symbol} {width} of {self.venue}")
 
-    def _read(self, path: str) -> pl.DataFrame | None:
-        file = self.folder / path
-        if not file.is_file():
+    def _fundamentals(self, coin: str, series: str) -> pl.DataFrame | None:
+        daily = self.folder / "daily" / f"{coin}.parquet"
+        hours = self.folder / "candles_mtf" / "binance_spot_2023-2025" / f"{COINS[coin]}_1h.parquet"
+        if not daily.is_file() or (series == "hourly" and not hours.is_file()):
             return None
-        return pl.read_parquet(file).with_columns(pl.col("timestamp").cast(UTC_MICROSECONDS)).sort("timestamp")
+        return _read(daily) if series == "daily" else derive_hourly(_read(hours), _read(daily))
+
+
+def _read(file: Path) -> pl.DataFrame:
+    return pl.read_parquet(file).with_columns(pl.col("timestamp").cast(UTC_MICROSECONDS)).sort("timestamp")
+
+
+def _join(pieces: Sequence[pl.DataFrame], what: str) -> pl.DataFrame:
+    """One series of several recordings; ValueError where they contradict each other."""
+    none = pl.DataFrame(schema={name: UTC_MICROSECONDS if name == "timestamp" else pl.Float64 for name in COLUMNS})
+    joined = pl.concat([none, *pieces]).unique().sort("timestamp")
+    if joined["timestamp"].n_unique() != joined.height:
+        first = joined.filter(pl.col("timestamp").is_duplicated())["timestamp"][0]
+        raise ValueError(f"{what}: two recordings say different things of {first:%Y-%m-%d %H:%M}")
+    return joined
+
+
+class MixedSource:
+    """Real data, and beside it symbols (with their coins) of another source, which must be generated data and is called so."""
+
+    kind: Kind = "mixed"
+
+    def __init__(self, real: FolderSource, generated: Source, symbols: Sequence[str]) -> None:
+        if both := sorted(set(symbols) & set(real.symbols)):
+            raise ValueError(f"{', '.join(both)} of {real.venue} is real: it cannot be generated as well")
+        self.real, self.generated = real, generated
+        self._generated = {*symbols, *(coin for coin, symbol in COINS.items() if symbol in symbols)}
+
+    def _of(self, name: str) -> Source:
+        return self.generated if name in self._generated else self.real
+
+    def kind_of(self, name: str) -> Kind:
+        return self._of(name).kind
+
+    def candles(self, symbol: str, timeframe: str) -> pl.DataFrame | None:
+        return self._of(symbol).candles(symbol, timeframe)
+
+    def points(self, coin: str, series: Series) -> pl.DataFrame | None:
+        return self._of(coin).points(coin, series)
+
+    def describe(self) -> dict[str, Any]:
+        synthetic = {"names": sorted(self._generated), **self.generated.describe()}
+        return {**self.real.describe(), "kind": self.kind, "synthetic": synthetic}

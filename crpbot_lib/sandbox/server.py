@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,13 +21,13 @@ from moto.moto_server.werkzeug_app import MotoRequestHandler
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from werkzeug.exceptions import HTTPException, NotFound
 from werkzeug.routing import Map, Rule
-from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
+from werkzeug.serving import BaseWSGIServer, ThreadedWSGIServer, WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
 from crpbot_lib.config import GpuSettings
 from crpbot_lib.sandbox import coingecko, exchange, synthetic
 from crpbot_lib.sandbox.aws import Aws
-from crpbot_lib.sandbox.data import FolderSource, Source
+from crpbot_lib.sandbox.data import FolderSource, MixedSource, Source
 from crpbot_lib.sandbox.faults import Fault, Faults, RateLimit, Target, Traffic
 from crpbot_lib.sandbox.instances import TRAINING_ENTRY_POINT, Instance, Runner, Timing
 
@@ -98,9 +102,83 @@ def default_data_dir() -> Path | None:
     return beside if beside.is_dir() else None
 
 
+def _source(options: SandboxOptions) -> Source:
+    """The market data that the options ask for, each with a line in the log that says what it is."""
+    generate = partial(
+        synthetic.SyntheticSource,
+        options.synthetic_seed,
+        prices=options.synthetic_prices,
+        symbols=options.synthetic_symbols,
+        omitted=options.omit_minutes,
+    )
+    if options.data_dir is None:
+        if options.venue is not None:
+            raise ValueError(f"a venue ({options.venue}) is a folder of real data: give data_dir as well")
+        log.warning("market data: SYNTHETIC, a random walk with seed %d", options.synthetic_seed)
+        return generate(start=options.synthetic_start, end=options.synthetic_end)
+    real = FolderSource(options.data_dir, options.venue, omitted=options.omit_minutes, seed=options.synthetic_seed)
+    log.info("market data: real, %s from %s; hourly CoinGecko points are derived", real.venue, options.data_dir)
+    if not options.synthetic_symbols:
+        return real
+    start, end = real.bounds()
+    log.warning("market data: %s SYNTHETIC, beside it", ", ".join(options.synthetic_symbols))
+    return MixedSource(real, generate(start=start, end=end), options.synthetic_symbols)
+
+
 class _QuietHandler(WSGIRequestHandler):
     def log(self, type: str, message: str, *args: Any) -> None:
         log.log(logging.ERROR if type == "error" else logging.DEBUG, message, *args)
+
+
+class _MarketHandler(_QuietHandler):
+    """HTTP/1.1 with connections that stay open, which werkzeug's own handler does not have; answers are sent in one piece."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: _MarketServer
+
+    def run_wsgi(self) -> None:
+        environ = self.make_environ()
+        if self.headers.get("Transfer-Encoding"):
+            self.close_connection = True  # how much of it the application leaves unread is not known
+        else:
+            # read whole, so that the next request begins where this one ends
+            environ["wsgi.input"] = io.BytesIO(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+        response = self.server.answer(environ)
+        headers, body = response.get_wsgi_headers(environ), b"" if self.command == "HEAD" else response.get_data()
+        if headers.get("Content-Length") != str(len(body)):
+            self.close_connection = True  # a cut answer, or one to HEAD
+        lines = [f"HTTP/1.1 {response.status}", *(f"{name}: {value}" for name, value in headers)]
+        if self.close_connection:
+            lines.append("Connection: close")
+        self.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+
+
+class _MarketServer(ThreadedWSGIServer):
+    """Closes the connections that are still open when it ends: no client goes on talking to a stopped cloud."""
+
+    def __init__(self, host: str, port: int, answer: Callable[[dict[str, Any]], Response]) -> None:
+        self.answer = answer
+        self._open: set[Any] = set()
+        super().__init__(host, port, _no_application, _MarketHandler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        super().server_close()
+        for connection in list(self._open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def _no_application(*_: Any) -> Iterable[bytes]:
+    raise AssertionError("unreachable: the handler asks the server's answer()")
 
 
 class _QuietMotoHandler(_QuietHandler, MotoRequestHandler):
@@ -120,6 +198,8 @@ class Sandbox:
         self.telegram: list[dict[str, Any]] = []
         """Messages sent to the Telegram stand-in, oldest first."""
         self.source: Source
+        self.exchange: exchange.Exchange
+        self.coingecko: coingecko.CoinGecko
         self.aws: Aws
         self.runner: Runner
         self._servers: list[BaseWSGIServer] = []
@@ -153,14 +233,9 @@ class Sandbox:
 
     def _start(self) -> None:
         options = self.options
-        if options.data_dir is not None:
-            self.source = FolderSource(options.data_dir)
-            log.info("market data: real, from %s; hourly CoinGecko points are derived", options.data_dir)
-        else:
-            self.source = synthetic.SyntheticSource(
-                options.synthetic_seed, options.synthetic_start, options.synthetic_end, options.synthetic_prices
-            )
-            log.warning("market data: SYNTHETIC, a random walk with seed %d", options.synthetic_seed)
+        self.source = _source(options)
+        self.exchange = exchange.Exchange(self.source, options.now)
+        self.coingecko = coingecko.CoinGecko(self.source, options.coingecko_plan, now=options.now, messy=options.coingecko_messy)
         if options.state_dir is None:
             self._temporary = Path(tempfile.mkdtemp(prefix="crpbot-local-cloud-"))
         state = self._temporary or options.state_dir
@@ -183,7 +258,7 @@ class Sandbox:
         self.aws.runner = self.runner
         aws_server = make_server(options.host, options.aws_port, self.aws, threaded=True, request_handler=_QuietMotoHandler)
         self._servers.append(aws_server)
-        server = make_server(options.host, options.port, self._application, threaded=True, request_handler=_QuietHandler)
+        server = _MarketServer(options.host, options.port, self._answer)
         self._servers.append(server)
         self._port, self._aws_port = server.server_port, aws_server.server_port
         # instances run beside the servers, whatever name these have for the outside
@@ -197,8 +272,8 @@ class Sandbox:
         self.runner.profile = {**_CREDENTIALS, "AWS_EC2_METADATA_DISABLED": "true"}
         if marker := os.environ.get("CRPBOT_MARKER"):
             self.runner.environment["CRPBOT_MARKER"] = self.runner.profile["CRPBOT_MARKER"] = marker
-        for server in self._servers:
-            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+        for one in self._servers:
+            thread = threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
             thread.start()
             self._threads.append(thread)
         log.info("local cloud: AWS at %s, markets and control at %s", self.aws_url, self.control_url)
@@ -321,30 +396,30 @@ class Sandbox:
         ]
     )
 
-    def _application(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    def _answer(self, environ: dict[str, Any]) -> Response:
         request = Request(environ)
-        response: Any
         try:
             endpoint, arguments = self._ROUTES.bind_to_environ(environ).match()
-            response = getattr(self, f"_on_{endpoint}")(request, **arguments)
+            return cast(Response, getattr(self, f"_on_{endpoint}")(request, **arguments))
         except HTTPException as error:
-            response = _json({"error": error.description}, error.code or 500)
+            return _json({"error": error.description}, error.code or 500)
         except (KeyError, ValueError) as error:  # ValidationError is a ValueError
-            response = _json({"error": _message(error)}, 400)
-        sent: Iterable[bytes] = response(environ, start_response)
-        return sent
+            return _json({"error": _message(error)}, 400)
+        except Exception:
+            log.exception("%s %s", request.method, request.path)
+            return _json({"error": "the local cloud failed, its log says why"}, 500)
 
     def _on_exchange_candles(self, request: Request, product: str) -> Response:
-        return self._market("exchange", exchange, lambda: exchange.candles(self.source, product, request), exchange.NO_CANDLES)
+        return self._market("exchange", exchange, lambda: self.exchange.candles(product, request), exchange.NO_CANDLES)
 
     def _on_exchange_product(self, _request: Request, product: str) -> Response:
-        return self._market("exchange", exchange, lambda: exchange.product(self.source, product), {})
+        return self._market("exchange", exchange, lambda: self.exchange.product(product), {})
 
     def _on_coingecko_range(self, request: Request, coin: str) -> Response:
-        return self._coingecko(request, lambda: coingecko.market_chart_range(self.source, coin, request), coingecko.NO_POINTS)
+        return self._coingecko(request, lambda: self.coingecko.market_chart_range(coin, request), coingecko.NO_POINTS)
 
     def _on_coingecko_coin(self, request: Request, coin: str) -> Response:
-        return self._coingecko(request, lambda: coingecko.coin(self.source, coin), {})
+        return self._coingecko(request, lambda: self.coingecko.coin(coin), {})
 
     def _coingecko(self, request: Request, answer: Callable[[], Response], empty: Any) -> Response:
         refusal = coingecko.refuse_key(request, self.options.coingecko_plan)

@@ -8,15 +8,15 @@ is nothing in it to learn: a model that predicts it has a leak.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from crpbot_lib.config import DEFAULT_SYMBOLS, Symbol
-from crpbot_lib.sandbox.data import COINS, UTC_MICROSECONDS, Series, derive_hourly, resample, span
+from crpbot_lib.sandbox.data import UTC_MICROSECONDS, WIDER, Kind, Series, derive_hourly, omit, resample, span
 
 DEFAULT_START = datetime(2025, 5, 4, tzinfo=UTC)
 DEFAULT_END = datetime(2025, 6, 25, tzinfo=UTC)
@@ -30,19 +30,22 @@ _ANCHORS: dict[str, tuple[float, float, float]] = {
     "SOL-USD": (145.0, 0.8, 525e6),
 }
 _UNKNOWN_ANCHOR = (10.0, 1.0, 1e9)
+_UNKNOWN_LISTED = timedelta(days=1000)
+"""How long before the window."""
 _DAILY_TURNOVER = 0.03
 """Share of all coins that changes hands in a day."""
 _MINUTE_VOLATILITY = 0.0006
 
 
 class SyntheticSource:
-    """Generated data. Equal arguments give equal rows.
+    """Generated data of the three default symbols and of ``symbols``. Equal arguments give equal rows.
 
     ``start`` and ``end`` (UTC, [start, end)) bound the candles; ``prices`` (USD at the end, by symbol) moves the whole walk, so
-    that fundamentals can stand beside candles of another source.
+    that fundamentals can stand beside candles of another source; ``omitted`` is the share of the minutes that are left out. The
+    coin of a symbol that is no default one has the first half of its name: ``DOGE-USD`` has ``doge``.
     """
 
-    kind: Literal["real", "synthetic"] = "synthetic"
+    kind: Kind = "synthetic"
 
     def __init__(
         self,
@@ -50,6 +53,9 @@ class SyntheticSource:
         start: datetime = DEFAULT_START,
         end: datetime = DEFAULT_END,
         prices: Mapping[str, float] | None = None,
+        *,
+        symbols: Sequence[str] = (),
+        omitted: float = 0.0,
     ) -> None:
         if start.tzinfo is None or end.tzinfo is None:
             raise ValueError(f"the synthetic window {start} to {end} has no timezone: give UTC, as in 2025-05-04T00:00:00Z")
@@ -57,15 +63,25 @@ class SyntheticSource:
             raise ValueError(f"the synthetic window {start} to {end} is shorter than a day")
         self.seed = seed
         self.start, self.end = (t.astimezone(UTC).replace(second=0, microsecond=0) for t in (start, end))
-        self.prices = dict(prices or {})
+        self.prices, self._omitted = dict(prices or {}), omitted
+        known = {symbol.name for symbol in DEFAULT_SYMBOLS}
+        listed = (self.start - _UNKNOWN_LISTED).date()
+        others = [
+            Symbol(name=s, coin=s.split("-")[0].lower(), coin_listed=listed) for s in dict.fromkeys(symbols) if s not in known
+        ]
+        self._symbols = {symbol.name: symbol for symbol in (*DEFAULT_SYMBOLS, *others)}
+        self._coins = {symbol.coin: symbol for symbol in self._symbols.values()}
         self._frames: dict[tuple[str, str], pl.DataFrame] = {}
         self._lock = threading.Lock()
 
+    def kind_of(self, name: str) -> Kind:  # noqa: ARG002  # nothing here is real
+        return self.kind
+
     def candles(self, symbol: str, timeframe: str) -> pl.DataFrame | None:
-        return self._cached(symbol, timeframe) if symbol in COINS.values() else None
+        return self._cached(self._symbols[symbol], symbol, timeframe) if symbol in self._symbols else None
 
     def points(self, coin: str, series: Series) -> pl.DataFrame | None:
-        return self._cached(coin, series) if coin in COINS else None
+        return self._cached(self._coins[coin], coin, series) if coin in self._coins else None
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -73,19 +89,19 @@ class SyntheticSource:
             "seed": self.seed,
             "candles": {
                 "venue": "none: a random walk",
-                "spans": {s: span(f) for s in COINS.values() if (f := self.candles(s, "1m")) is not None},
+                **({"omitted": f"{self._omitted:g} of the 1m candles"} if self._omitted else {}),
+                "spans": {s: span(f) for s in self._symbols if (f := self.candles(s, "1m")) is not None},
             },
             "coingecko": {
                 "daily": "synthetic",
                 "hourly": "synthetic, derived: price from 1h closes, cap = daily cap x price ratio, volume = trailing 24 h x price",
-                "spans": {c: span(f) for c in COINS if (f := self.points(c, "daily")) is not None},
+                "spans": {c: span(f) for c in self._coins if (f := self.points(c, "daily")) is not None},
             },
         }
 
-    def _cached(self, name: str, series: str) -> pl.DataFrame:
+    def _cached(self, symbol: Symbol, name: str, series: str) -> pl.DataFrame:
         with self._lock:
             if (name, series) not in self._frames:
-                symbol = next(s for s in DEFAULT_SYMBOLS if name in (s.name, s.coin))
                 self._frames.update(self._generate(symbol))
             return self._frames[name, series]
 
@@ -98,8 +114,10 @@ class SyntheticSource:
         window = minutes.filter(pl.col("timestamp") >= self.start)
         hours = resample(minutes, "1h")
         daily = self._daily(rng, symbol, hours, listing_price, supply)
+        if self._omitted:
+            window = omit(window, self._omitted, self.seed, symbol.name)
         frames = {(symbol.name, "1m"): window}
-        for timeframe in ("5m", "15m", "1h"):
+        for timeframe in WIDER:
             frames[symbol.name, timeframe] = resample(window, timeframe)
         frames[symbol.coin, "daily"] = daily
         frames[symbol.coin, "hourly"] = derive_hourly(hours, daily)

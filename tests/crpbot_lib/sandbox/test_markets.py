@@ -264,14 +264,14 @@ def test_generated_data_repeats_by_its_seed_and_can_stand_beside_another_price()
 def test_null_fundamentals_stay_null(market_data_dir: Path | None, cloud: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stamp = datetime(2017, 4, 2, tzinfo=UTC)
     if market_data_dir is not None:
-        monkeypatch.setattr(cloud.sandbox, "source", FolderSource(market_data_dir))
+        monkeypatch.setattr(cloud.sandbox.coingecko, "source", FolderSource(market_data_dir))
     else:
         source = SyntheticSource()
         whole = frame(source.points("bitcoin", "daily"))
         source._frames["bitcoin", "daily"] = whole.with_columns(
             pl.when(pl.col("timestamp") == stamp).then(None).otherwise(pl.col("market_cap")).alias("market_cap")
         )
-        monkeypatch.setattr(cloud.sandbox, "source", source)
+        monkeypatch.setattr(cloud.sandbox.coingecko, "source", source)
     asked = {"from": int(stamp.timestamp()), "to": int(stamp.timestamp()), "interval": "daily"}
     body = points(cloud, **asked).json()
     assert body["market_caps"] == [[int(stamp.timestamp()) * 1000, None]]
