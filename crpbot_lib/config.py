@@ -167,6 +167,8 @@ class Settings(BaseSettings):
     coingecko_api_key: SecretStr | None = None
     coingecko_requests_per_second: float | None = Field(default=None, gt=0)
     """Of one machine; None: what the plan allows."""
+    coingecko_history_days: int | None = Field(default=None, ge=1)
+    """How far back the plan reaches, where that differs from ``coingecko_plan``: 730 for the smallest paid plan."""
     http_timeout_seconds: float = Field(default=30, gt=0)
     """How long a byte of an answer is waited for; a whole answer may take three times as long."""
     rate_limit_dir: str | None = None

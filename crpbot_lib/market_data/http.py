@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import random
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, quote_plus, urlencode, urlsplit
 
 import requests
 import urllib3
+from requests.adapters import HTTPAdapter
 
 from crpbot_lib.market_data.frames import utc_now
+from crpbot_lib.market_data.limiter import RateLimiter
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 10.0
 READ_TIMEOUT = 30.0
-TOTAL_TIMEOUT = 90.0
-"""Seconds for one answer: a server that sends a byte now and then would never hit the read timeout."""
-ATTEMPTS = 6
+TOTAL = 3
+"""A whole answer may take this many times the read timeout: a server that sends a byte now and then would never hit that one."""
+LARGEST_ANSWER = 64 << 20
+ATTEMPTS = 10
+"""Enough to sit out two minutes of an exchange that is down, and one request in five that fails."""
 LONGEST_BACKOFF = 30.0
 LONGEST_RETRY_AFTER = 300.0
+CONNECTIONS = 16
 
 
 class MarketDataError(Exception):
@@ -56,41 +66,12 @@ Hint = Callable[[int, int | None], str]
 """What to do about (HTTP status, the API's own code); "" where nothing is known."""
 
 
-class RateLimiter:
-    """Evenly spaced turns for the threads of this process: at most ``per_second`` of them."""
-
-    def __init__(
-        self, per_second: float, *, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
-        self._spacing = 1.0 / per_second
-        self._clock, self._sleep = clock, sleep
-        self._lock = threading.Lock()
-        self._next = 0.0
-
-    def wait(self) -> None:
-        """Returns when it is this caller's turn."""
-        with self._lock:
-            now = self._clock()
-            turn = max(now, self._next)
-            self._next = turn + self._spacing
-        if turn > now:
-            self._sleep(turn - now)
-
-
-_limiters: dict[tuple[str, float], RateLimiter] = {}
-_limiters_lock = threading.Lock()
-
-
-def shared_limiter(base_url: str, per_second: float) -> RateLimiter:
-    """The process's one limiter of an API, however many clients are made."""
-    with _limiters_lock:
-        return _limiters.setdefault((base_url, per_second), RateLimiter(per_second))
-
-
 class HttpClient:
-    """GET of JSON objects from one API.
+    """GET of JSON objects from one API; safe to share between threads.
 
-    ``secrets`` are blotted out of every message, should an answer echo them. ``sleep`` waits between tries; tests inject it.
+    ``secrets`` are blotted out of every message, should an answer echo them. ``backoff`` is the first pause between two tries, in
+    seconds; ``sleep`` waits for it, tests inject one. An answer is waited for ``timeout`` seconds a byte and TOTAL times that
+    as a whole.
     """
 
     def __init__(
@@ -102,95 +83,195 @@ class HttpClient:
         headers: Mapping[str, str] | None = None,
         secrets: Sequence[str] = (),
         hint: Hint = lambda _status, _code: "",
+        backoff: float = 1.0,
+        timeout: float = READ_TIMEOUT,
         sleep: Callable[[float], None] = time.sleep,
-        read_timeout: float = READ_TIMEOUT,
-        total_timeout: float = TOTAL_TIMEOUT,
     ) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"the address of {service} is {base_url!r}: expected http://… or https://…")
         self._service, self._base = service, base_url.rstrip("/")
-        self._limiter, self._hint, self._sleep = limiter, hint, sleep
-        self._secrets = [s for s in secrets if s]
-        self._timeout, self._total_timeout = (CONNECT_TIMEOUT, read_timeout), total_timeout
-        self._session = requests.Session()
+        self._limiter, self._hint, self._sleep, self._backoff = limiter, hint, sleep, backoff
+        written = {form for s in secrets if s for form in (s, quote(s, safe=""), quote_plus(s), json.dumps(s)[1:-1])}
+        self._secret = re.compile("|".join(map(re.escape, sorted(written, key=len, reverse=True))), re.I) if written else None
+        self._timeout, self._total = (min(CONNECT_TIMEOUT, timeout), timeout), TOTAL * timeout
         # Coinbase marks candles as cacheable for minutes although they change; intermediaries must be told not to believe it
-        self._session.headers.update({"Accept": "application/json", "Cache-Control": "no-cache", **(headers or {})})
+        self._headers = {"Accept": "application/json", "Cache-Control": "no-cache", **(headers or {})}
+        self._session, self._process = self._connections(), os.getpid()
+
+    def _connections(self) -> requests.Session:
+        session = requests.Session()
+        session.mount("http://", _Adapter(self._total))
+        session.mount("https://", _Adapter(self._total))
+        # threads share the session: cookies would be its only state, and nothing here needs them
+        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        session.headers.update(self._headers)
+        return session
+
+    def rest(self, attempt: int) -> float:
+        """Pauses after the ``attempt``-th failure (from 1): longer each time, with jitter. Returns the seconds."""
+        seconds = random.uniform(0.5, 1.0) * min(LONGEST_BACKOFF, self._backoff * 2.0 ** (attempt - 1))
+        self._sleep(seconds)
+        return seconds
 
     def get(self, path: str, params: Mapping[str, str | int]) -> dict[str, Any]:
-        """The JSON object at ``path``. Transient failures (no connection, a time limit, 408, 425, 429, 5xx, a body that is
-        not JSON or is cut short) are tried again with growing, jittered pauses, or after what Retry-After says; MarketDataError
-        after the last try, or at once for what would fail again."""
+        """The JSON object at ``path``.
+
+        Transient failures (no connection, a time limit, 408, 425, 429, 5xx, a body that is not JSON or is cut short, a 200 with an
+        error inside that is not the request's fault) are tried again with growing, jittered pauses. Retry-After pauses every
+        process that shares the limit. MarketDataError after the last try, or at once for what would fail again.
+        """
         for attempt in range(1, ATTEMPTS + 1):
             self._limiter.wait()
-            try:
-                return self._once(path, params)
-            except MarketDataError as error:
-                if error.permanent:
-                    raise
-                if (error.retry_after or 0) > LONGEST_RETRY_AFTER:
-                    raise self._error(f"{error}; it asks to wait {error.retry_after:.0f} s, try again after that", error) from None
-                if attempt == ATTEMPTS:
-                    raise self._error(f"{error}; gave up after {ATTEMPTS} tries, try again later", error) from None
-                pause = random.uniform(0.5, 1.0) * min(LONGEST_BACKOFF, 2.0 ** (attempt - 1))
-                if error.retry_after is not None:
-                    pause = error.retry_after + random.uniform(0, 1)
-                log.warning("%s; try %d of %d in %.1f s", error, attempt + 1, ATTEMPTS, pause)
-                self._sleep(pause)
+            answer = self._once(path, params)
+            if not isinstance(answer, MarketDataError):
+                return answer
+            if answer.retry_after is not None:
+                self._limiter.pause(answer.retry_after)
+            if answer.permanent:
+                raise answer
+            if (answer.retry_after or 0) > LONGEST_RETRY_AFTER:
+                raise self._with(answer, f"it asks to wait {answer.retry_after:.0f} s, try again after that")
+            if attempt == ATTEMPTS:
+                raise self._with(answer, f"gave up after {ATTEMPTS} tries, try again later")
+            log.warning("%s; try %d of %d follows%s", answer, attempt + 1, ATTEMPTS, _after(answer))
+            self.rest(attempt)
         raise AssertionError("unreachable: the last try returns or raises")
 
-    def _once(self, path: str, params: Mapping[str, str | int]) -> dict[str, Any]:
-        request = f"{self._service}: GET {path}?{urlencode(params)}"
+    def _once(self, path: str, params: Mapping[str, str | int]) -> dict[str, Any] | MarketDataError:
+        """An answer, or the error that it is. Returned rather than raised where requests' exception is at hand: that one holds the
+        request with its headers, the key among them, and would hang on ours as its context."""
+        request = self._clean(f"{self._service}: GET {path}?{urlencode(params)}")
+        if self._process != os.getpid():
+            # a forked process must not read from its parent's connections
+            self._session, self._process = self._connections(), os.getpid()
         try:
-            # a redirect could carry the key to another host, so it is an error and not followed
+            # a redirect could carry the key to another host, so it is an error and not followed; auth: no .netrc is asked
             with self._session.get(
-                self._base + path, params=params, timeout=self._timeout, stream=True, allow_redirects=False
+                self._base + path, params=params, timeout=self._timeout, stream=True, allow_redirects=False, auth=_no_auth
             ) as response:
-                status, headers, data = response.status_code, response.headers, self._body(response)
+                status, retry_after, data = response.status_code, response.headers.get("Retry-After"), self._body(response)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            # not chained: the exceptions of requests hold the request with its headers, the key among them
-            raise MarketDataError(self._clean(f"{request} failed: {type(error).__name__}: {error}")) from None
-
+            return MarketDataError(f"{request} failed: {self._clean(f'{type(error).__name__}: {error}')}")
         try:
             body = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
         if status == 200 and isinstance(body, dict) and not _says_error(body):
             return body
         code, said = _explain(body) if isinstance(body, (dict, list)) else (None, data.decode("utf-8", "replace"))
         if status == 200 and body is None:
-            said = f"a body that is not JSON, {len(data)} bytes: {said}"
-        failed_with = code if status == 200 and code is not None else status
-        transient = failed_with in (408, 425, 429) or 500 <= failed_with < 600 or (status == 200 and body is None)
+            said = f"a body that is not JSON, {len(data)} bytes: {said[:300]}"
         hint = self._hint(status, code)
-        detail = self._clean(f"{said or 'nothing'}")
-        raise MarketDataError(
-            f"{self._clean(request)} answered {status}{'' if code in (None, status) else f', code {code}'}: {detail}"
+        return MarketDataError(
+            f"{request} answered {status}{'' if code in (None, status) else f', code {code}'}: {self._clean(said) or 'nothing'}"
             + (f"; {hint}" if hint else ""),
-            permanent=not transient,
+            permanent=not _may_pass(status, code, body),
             status=status,
             code=code,
-            retry_after=_retry_after(headers.get("Retry-After")),
+            retry_after=_retry_after(retry_after),
         )
 
     def _body(self, response: requests.Response) -> bytes:
-        deadline = time.monotonic() + self._total_timeout
-        chunks: list[bytes] = []
+        deadline = time.monotonic() + self._total
+        data = bytearray()
         while chunk := response.raw.read1(1 << 16, decode_content=True):
-            chunks.append(chunk)
+            data += chunk
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no whole answer within {self._total_timeout:.0f} s")
-        return b"".join(chunks)
+                raise TimeoutError(f"no whole answer within {self._total:.0f} s")
+            if len(data) > LARGEST_ANSWER:
+                raise OSError(f"an answer of more than {LARGEST_ANSWER >> 20} MiB")
+        return bytes(data)
 
     def _clean(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text)).strip()
+        """``text`` without secrets, markup and line breaks, and no longer than a log line should be."""
+        text = self._blot(text[:100_000])
+        text = re.sub(r"<(script|style)\b.*?</\1>|<[^>]*>", " ", text, flags=re.I | re.S)
+        text = self._blot(re.sub(r"[\s\x00-\x1f\x7f]+", " ", text).strip())
         return text if len(text) <= 300 else f"{text[:300]}…"
 
+    def _blot(self, text: str) -> str:
+        return self._secret.sub("***", text) if self._secret else text
+
     @staticmethod
-    def _error(message: str, like: MarketDataError) -> MarketDataError:
-        return MarketDataError(message, status=like.status, code=like.code, retry_after=like.retry_after)
+    def _with(error: MarketDataError, advice: str) -> MarketDataError:
+        return MarketDataError(f"{error}; {advice}", status=error.status, code=error.code, retry_after=error.retry_after)
+
+
+class _Adapter(HTTPAdapter):
+    """Cuts a connection whose status and headers are not there in time; a socket's own time limit begins anew with every byte."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        super().__init__(pool_maxsize=CONNECTIONS)
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+        if not hasattr(pool.ConnectionCls, "answer_within"):
+            pool.ConnectionCls = type("Limited", (_Limited, pool.ConnectionCls), {"answer_within": self._seconds})
+        return pool
+
+
+class _Limited:
+    """A mixin of urllib3's connections."""
+
+    answer_within: float
+    sock: socket.socket | None
+
+    def getresponse(self, *args: Any, **kwargs: Any) -> Any:
+        sock = self.sock
+        cut = threading.Event()
+
+        def late() -> None:
+            cut.set()
+            if sock is not None:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(self.answer_within, late)
+        timer.daemon = True
+        timer.start()
+        try:
+            return super().getresponse(*args, **kwargs)  # type: ignore[misc]  # of the class that this is mixed into
+        except Exception as error:
+            if cut.is_set():
+                raise TimeoutError(f"no whole answer within {self.answer_within:.0f} s") from error
+            raise
+        finally:
+            timer.cancel()
+
+
+def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
+
+
+def checked_url(service: str, url: str, setting: str) -> str:
+    """``url``, if it is an http(s) address without user, password or query; ValueError, which does not repeat what may be a key."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            f"the address of {service} ({setting}) holds a user, a password or a query: give scheme, host and path only; "
+            "a key has a setting of its own"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"the address of {service} ({setting}) is {url!r}: expected http://… or https://…")
+    return url
+
+
+def limiter_name(service: str, url: str) -> str:
+    """The name of the limit that all clients of this API share: the service and where it answers."""
+    return f"{service}-{urlsplit(url).netloc}".lower()
+
+
+def _after(error: MarketDataError) -> str:
+    return "" if error.retry_after is None else f" after the {error.retry_after:.0f} s that it asks to wait"
+
+
+def _may_pass(status: int, code: int | None, body: Any) -> bool:
+    """Whether the same request may succeed later."""
+    if status != 200:
+        return status in (408, 425, 429) or status >= 500
+    if body is None:
+        return True
+    # a 200 that is an error all the same: only a code of the 4xx, or one of CoinGecko's own (10002 …), blames the request
+    return isinstance(body, dict) and (code is None or code < 400 or code in (408, 425, 429) or 500 <= code < 600)
 
 
 def _says_error(body: dict[str, Any]) -> bool:
@@ -208,29 +289,32 @@ def _explain(body: Any) -> tuple[int | None, str]:
     level down under ``error``; the code at the top and the message under ``status``. Coinbase: ``error`` with ``message`` or
     ``error_details``, ``message`` alone, a list ``errors``.
     """
-    if isinstance(body, list):
-        return _explain(body[0]) if body else (None, "an empty list")
+    for _ in range(8):
+        if isinstance(body, list) and body:
+            body = body[0]
+        elif isinstance(body, dict) and isinstance(body.get("error"), dict):
+            body = body["error"]
+        elif isinstance(body, dict) and isinstance(body.get("errors"), list) and body["errors"]:
+            body = body["errors"][0]
     if not isinstance(body, dict):
-        return None, str(body)
-    if isinstance(body.get("error"), dict):
-        return _explain(body["error"])
-    if isinstance(body.get("errors"), list) and body["errors"]:
-        return _explain(body["errors"][0])
+        return None, "an empty list" if body == [] else str(body)[:300]
     status = body.get("status")
     inner = status if isinstance(status, dict) else {}
     code = body.get("error_code", inner.get("error_code", status))
     words = [body.get("error"), body.get("error_details"), body.get("message"), inner.get("error_message")]
     said = ": ".join(dict.fromkeys(str(w) for w in words if w))
-    return (code if isinstance(code, int) else None), said or json.dumps(body)
+    return (code if type(code) is int else None), said or json.dumps(body)[:300]
 
 
 def _retry_after(value: str | None) -> float | None:
     """Seconds of a Retry-After header, which is a number or a date; None for none or nonsense."""
     if not value:
         return None
-    if value.strip().isdigit():
-        return float(value)
     try:
-        return max(0.0, (parsedate_to_datetime(value) - utc_now()).total_seconds())
-    except (TypeError, ValueError):
-        return None
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(value) - utc_now()).total_seconds()
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None

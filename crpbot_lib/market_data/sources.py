@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
 
 import polars as pl
 
@@ -16,17 +18,33 @@ from crpbot_lib.market_data.plans import PLANS
 class MarketData:
     """Candles and fundamentals as the settings' endpoints serve them; the live ``data_fetcher`` of the runtime's features.
 
-    ``now`` decides which candles are closed, and which point is "now" and none of the series.
+    ``now`` decides which candles are closed, and which point is "now" and none of the series. ``backoff`` scales the pauses
+    between tries, in seconds; tests pass small ones.
     """
 
     def __init__(self, settings: Settings, *, now: Clock = utc_now, backoff: float = 1.0) -> None:
         plan = PLANS[settings.coingecko_plan]
-        self.coinbase = CoinbaseClient(settings.coinbase_url, now=now, requests_per_second=settings.coinbase_requests_per_second)
-        self.coingecko = CoinGeckoClient(
-            settings.coingecko_url or plan.url,
-            settings.coingecko_api_key,
+        if settings.coingecko_history_days is not None:
+            plan = replace(plan, history=timedelta(days=settings.coingecko_history_days))
+        directory = None if settings.rate_limit_dir is None else Path(settings.rate_limit_dir)
+        self.coinbase = CoinbaseClient(
+            settings.coinbase_url,
             now=now,
-            requests_per_second=settings.coingecko_requests_per_second or plan.requests_per_second,
+            requests_per_second=settings.coinbase_requests_per_second,
+            page_size=settings.coinbase_page_size,
+            rate_limit_dir=directory,
+            timeout=settings.http_timeout_seconds,
+            backoff=backoff,
+        )
+        self.coingecko = CoinGeckoClient(
+            settings.coingecko_url,
+            settings.coingecko_api_key,
+            plan=plan,
+            now=now,
+            requests_per_second=settings.coingecko_requests_per_second,
+            rate_limit_dir=directory,
+            timeout=settings.http_timeout_seconds,
+            backoff=backoff,
         )
 
     def candles(self, symbol: str, timeframe: str, start: datetime, end: datetime) -> pl.DataFrame:

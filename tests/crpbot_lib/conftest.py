@@ -89,10 +89,12 @@ class Wire:
 
     def _range(self, request: Request) -> tuple[int, Any]:
         coin, query = request.path.split("/")[-3], request.query
-        if (coin, query["interval"]) not in self.points:
-            return 404, {"error": "coin not found"}
         first, last = int(query["from"]) * 1000, int(query["to"]) * 1000
-        points = [p for p in self.points[coin, query["interval"]] if first <= p[0] <= last]
+        # as CoinGecko chooses where no interval is named
+        series = query.get("interval") or ("daily" if last - first > 90 * 86_400_000 else "hourly")
+        if (coin, series) not in self.points:
+            return 404, {"error": "coin not found"}
+        points = [p for p in self.points[coin, series] if first <= p[0] <= last]
         if self.now_point and first <= self.now_point[0] <= last:
             points = [p for p in points if p[0] <= self.now_point[0]] + [self.now_point]
         names = ("prices", "market_caps", "total_volumes")
