@@ -15,7 +15,7 @@ from pathlib import Path
 
 import polars as pl
 
-from crpbot_lib import config
+from crpbot_lib import candle_rules, config
 from crpbot_lib.config import ALL_GROUPS, FeatureGroup, Settings
 from crpbot_lib.features import base, coingecko, multi_timeframe
 from crpbot_lib.features.errors import FeatureError
@@ -109,6 +109,7 @@ def _hash(groups: tuple[FeatureGroup, ...]) -> str:
     folder = Path(__file__).parent
     content = {
         "features": [[f.name, f.group, f.dtype, f.unit, f.formula, f.warm_up] for f in features(groups)],
+        "max_no_trade_minutes": candle_rules.MAX_NO_TRADE_MINUTES,
         "source": {name: normalized_source((folder / name).read_text(encoding="utf-8")) for name in files},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

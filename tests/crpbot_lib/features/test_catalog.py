@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from crpbot_lib import market_data
+from crpbot_lib import candle_rules, market_data
 from crpbot_lib.config import ALL_GROUPS, WITHOUT_MULTI_TIMEFRAME, Settings, Symbol
 from crpbot_lib.features import FeatureError, catalog, coingecko, dictionary
 
@@ -65,6 +65,13 @@ def test_hash_changes_with_the_publication_lag(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(catalog, "__file__", str(tmp_path / "catalog.py"))
     assert catalog._hash.__wrapped__(ALL_GROUPS) != before
     assert market_data.coingecko.LAG is coingecko.PUBLICATION_LAG
+
+
+def test_hash_changes_with_the_length_of_a_hole_that_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands with the rules of candles, outside of the sources that are hashed, because the gap record goes by it too."""
+    before = catalog._hash.__wrapped__(ALL_GROUPS)
+    monkeypatch.setattr(candle_rules, "MAX_NO_TRADE_MINUTES", candle_rules.MAX_NO_TRADE_MINUTES + 1)
+    assert catalog._hash.__wrapped__(ALL_GROUPS) != before
 
 
 def test_a_comment_or_a_docstring_does_not_change_the_hash() -> None:
