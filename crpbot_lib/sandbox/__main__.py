@@ -68,13 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
-    arguments = _parser().parse_args()
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    ended = threading.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda *_: ended.set())
-    options = SandboxOptions(
+def _options(arguments: argparse.Namespace) -> SandboxOptions:
+    return SandboxOptions(
         data_dir=None if arguments.synthetic else (arguments.data or default_data_dir()),
         venue=arguments.venue,
         synthetic_symbols=tuple(arguments.synthetic_symbol),
@@ -97,6 +92,15 @@ def main() -> int:
         port=arguments.port,
         aws_port=arguments.aws_port,
     )
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    ended = threading.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: ended.set())
+    options = _options(arguments)
     arguments.state.mkdir(parents=True, exist_ok=True)
     ready = arguments.state / "sandbox.json"
     ready.unlink(missing_ok=True)

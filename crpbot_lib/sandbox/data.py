@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -253,15 +253,15 @@ def _join(pieces: Sequence[pl.DataFrame], what: str) -> pl.DataFrame:
 
 
 class MixedSource:
-    """Real data, and beside it symbols (with their coins) of another source, which must be generated data and is called so."""
+    """Real data, and beside it the symbols and coins of ``names`` from another source, whose kind they are called by."""
 
     kind: Kind = "mixed"
 
-    def __init__(self, real: FolderSource, generated: Source, symbols: Sequence[str]) -> None:
-        if both := sorted(set(symbols) & set(real.symbols)):
+    def __init__(self, real: FolderSource, generated: Source, names: Collection[str]) -> None:
+        if both := sorted(set(names) & set(real.symbols)):
             raise ValueError(f"{', '.join(both)} of {real.venue} is real: it cannot be generated as well")
         self.real, self.generated = real, generated
-        self._generated = {*symbols, *(coin for coin, symbol in COINS.items() if symbol in symbols)}
+        self._generated = frozenset(names)
 
     def _of(self, name: str) -> Source:
         return self.generated if name in self._generated else self.real

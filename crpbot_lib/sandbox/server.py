@@ -122,7 +122,8 @@ def _source(options: SandboxOptions) -> Source:
         return real
     start, end = real.bounds()
     log.warning("market data: %s SYNTHETIC, beside it", ", ".join(options.synthetic_symbols))
-    return MixedSource(real, generate(start=start, end=end), options.synthetic_symbols)
+    generated = generate(start=start, end=end)
+    return MixedSource(real, generated, {name for s in options.synthetic_symbols for name in (s, generated.coin(s))})
 
 
 class _QuietHandler(WSGIRequestHandler):
@@ -422,7 +423,7 @@ class Sandbox:
         return self._coingecko(request, lambda: self.coingecko.coin(coin), {})
 
     def _coingecko(self, request: Request, answer: Callable[[], Response], empty: Any) -> Response:
-        refusal = coingecko.refuse_key(request, self.options.coingecko_plan)
+        refusal = coingecko.refuse_key(request, self.coingecko.plan)
         return self._market("coingecko", coingecko, (lambda: refusal) if refusal else answer, empty)
 
     def _market(self, target: Target, api: Any, answer: Callable[[], Response], empty: Any) -> Response:

@@ -74,6 +74,10 @@ class SyntheticSource:
         self._frames: dict[tuple[str, str], pl.DataFrame] = {}
         self._lock = threading.Lock()
 
+    def coin(self, symbol: str) -> str:
+        """The id of a symbol's coin."""
+        return self._symbols[symbol].coin
+
     def kind_of(self, name: str) -> Kind:  # noqa: ARG002  # nothing here is real
         return self.kind
 

@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import boto3
 import pytest
 import requests
 
+from crpbot_lib.sandbox.__main__ import _options, _parser
+from crpbot_lib.sandbox.faults import RateLimit
 from crpbot_lib.sandbox.processes import MARKER, processes_with_marker, send
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -33,6 +36,27 @@ trap '' TERM
 echo busy
 while true; do sleep 600; done
 """
+
+
+def test_the_command_line_says_what_the_options_say(tmp_path: Path) -> None:
+    said = (
+        "--venue candles_1m_spot --synthetic-symbol SOL-USD --omit-minutes 0.05 --now 2025-06-01 --coingecko-plan demo "
+        "--rate-limit exchange=10 --rate-limit coingecko=0.5:5 --coingecko-messy"
+    )
+    options = _options(_parser().parse_args(["serve", "--state", str(tmp_path), *said.split()]))
+    assert (options.venue, options.synthetic_symbols, options.omit_minutes) == ("candles_1m_spot", ("SOL-USD",), 0.05)
+    assert options.now == datetime(2025, 6, 1, tzinfo=UTC)
+    assert (options.coingecko_plan, options.coingecko_messy) == ("demo", True)
+    assert options.rate_limits == {
+        "exchange": RateLimit(per_second=10, burst=10),
+        "coingecko": RateLimit(per_second=0.5, burst=5),
+    }
+
+
+@pytest.mark.parametrize("wrong", ["nowhere=1", "exchange", "exchange=-1", "exchange=fast"])
+def test_a_rate_limit_that_is_none_is_refused(wrong: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["serve", "--state", str(tmp_path), "--rate-limit", wrong])
 
 
 def without_namespaces() -> None:
