@@ -27,6 +27,9 @@ WIDER_COLUMNS = ("timestamp", "volume")
 QUIET_MINUTES = 120
 """On either side of a hole: how often this symbol is silent at this time of the day."""
 
+BESIDE = timedelta(days=1)
+"""What lies so far beyond the interval still tells something about the holes at its ends."""
+
 MINUTES_PER_YEAR = 365 * 24 * 60
 CHANCE_PER_YEAR = 1e-3
 """Fewer minutes a year than this in which all symbols would be silent by chance: then it is no chance. The least likely silence of
@@ -36,12 +39,14 @@ HOLE_SCHEMA: dict[str, pl.DataType] = {
     "start": TIMESTAMP,
     "minutes": pl.Int64(),
     "known": pl.Boolean(),
+    "inside": pl.Boolean(),
     "edge": pl.Boolean(),
     "frozen_before": pl.Int64(),
     "traded": pl.Boolean(),
     "quiet": pl.Float64(),
 }
-"""``frozen_before`` in minutes; ``quiet`` is the share of missing minutes in the QUIET_MINUTES on either side."""
+"""``inside``: in the interval or over an end of it, not only beside it; ``frozen_before`` in minutes; ``quiet``: the share of
+missing minutes in the QUIET_MINUTES on either side."""
 
 GAP_SCHEMA: dict[str, pl.DataType] = {
     "symbol": pl.String(),
@@ -67,18 +72,19 @@ def holes(
     *,
     fetched: Collection[date] | None = None,
 ) -> pl.DataFrame:
-    """The holes of one symbol's 1m candles that touch ``[start, end)``, one a row (HOLE_SCHEMA), for ``classify``.
+    """The holes of one symbol's 1m candles in and beside ``[start, end)``, one a row (HOLE_SCHEMA), for ``classify``.
 
-    ``minutes`` (MINUTE_COLUMNS) and ``wider`` (timeframe to WIDER_COLUMNS), sorted and checked, may reach beyond the interval: a
-    hole over its ends is then one hole, with its true start and length. ``fetched`` are the UTC days that were asked of the
-    exchange, those beyond the interval included (None: all of the interval, and what lies between it and the outermost minutes). A
-    day that was not fetched is no hole; it stands in the result as ``known`` false, and a hole beside it is an ``edge``.
+    ``minutes`` (MINUTE_COLUMNS) and ``wider`` (timeframe to WIDER_COLUMNS), sorted and checked, may reach a day beyond the
+    interval: a hole over its ends is then one hole, with its true start and length. ``fetched`` are the UTC days that were asked
+    of the exchange, those beyond the interval included (None: all of the interval, and what lies between it and the outermost
+    minutes). A day that was not fetched is no hole; it stands in the result as ``known`` false, and a hole beside it is an
+    ``edge``.
     """
     opens = minutes.get_column("timestamp")
     spans = _spans(start, end, opens, fetched)
-    unknown = _unknown(spans, start, end)
+    unknown = _unknown(spans, start - BESIDE, end + BESIDE)
     found = pl.concat([unknown.clear(), *(_absent(opens, since, until) for since, until in spans)], how="diagonal")
-    found = found.filter(pl.col("start") < end, start < END)
+    found = found.with_columns(inside=(pl.col("start") < end) & (start < END))
     found = _with_traded(_with_frozen(found, minutes), minutes, wider)
     return pl.concat([found.select(*HOLE_SCHEMA), unknown]).sort("start")
 
@@ -93,7 +99,7 @@ def classify(by_symbol: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     together = _all_at_once(by_symbol)
     judged = [pl.DataFrame(schema=GAP_SCHEMA)]
     for symbol in sorted(by_symbol):
-        known = by_symbol[symbol].filter("known")
+        known = by_symbol[symbol].filter("known", "inside")
         signs = {
             "long": pl.col("minutes") > candle_rules.MAX_NO_TRADE_MINUTES,
             "frozen_before": pl.col("frozen_before") >= FROZEN_MINUTES,
@@ -132,7 +138,7 @@ def _unknown(spans: list[tuple[datetime, datetime]], start: datetime, end: datet
     """The parts of ``[start, end)`` outside of ``spans``, as rows of HOLE_SCHEMA."""
     borders = [start, *(moment for span in spans for moment in span), end]
     parts = [(max(since, start), min(until, end)) for since, until in zip(borders[::2], borders[1::2], strict=True)]
-    rows = [(since, (until - since) // MINUTE, False, False, 0, False, 0.0) for since, until in parts if until > since]
+    rows = [(since, (until - since) // MINUTE, False, False, False, 0, False, 0.0) for since, until in parts if until > since]
     return pl.DataFrame(rows, schema=HOLE_SCHEMA, orient="row")
 
 
@@ -172,7 +178,7 @@ def _with_frozen(found: pl.DataFrame, minutes: pl.DataFrame) -> pl.DataFrame:
         found.lazy()
         .drop("frozen_before")
         .with_columns(before=pl.col("start") - MINUTE)
-        .join(runs, on="before", how="left")
+        .join(runs, on="before", how="left", maintain_order="left")
         .with_columns(pl.col("frozen_before").fill_null(0))
         .collect()
     )
@@ -226,7 +232,10 @@ def _with_overlap(found: pl.DataFrame, runs: pl.DataFrame, name: str) -> pl.Data
 def _all_at_once(by_symbol: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     """``start, end`` of the runs of minutes that all symbols miss, where that cannot be chance. A symbol that was not fetched has
     no say, but two must be missing."""
-    rows = pl.concat([pl.DataFrame(schema=HOLE_SCHEMA), *by_symbol.values()]).lazy()
+    fewest = min(by_symbol.values(), key=pl.DataFrame.__len__, default=pl.DataFrame(schema=HOLE_SCHEMA))
+    possible = fewest.select("start", end=END)
+    near = [_with_overlap(found, possible, "near").filter("near") for found in by_symbol.values()]
+    rows = pl.concat([_with_overlap(fewest, possible, "near").clear(), *near]).lazy()
     change = {"missing": pl.col("known").cast(pl.Int64), "silent": pl.lit(1)}
     events = pl.concat(
         [

@@ -172,24 +172,24 @@ def compare(minutes: pl.DataFrame, fetched: pl.DataFrame, timeframe: str) -> dic
     """How the candles fetched at ``timeframe`` differ from the resampled 1m ones.
 
     ``compared``: candles in both; ``differing``: those with any value beyond rounding; ``columns``: of each differing column how
-    many rows, the largest relative difference and where; ``only_fetched``/``only_resampled``: candles that the other side lacks.
+    many rows, the largest relative difference (``largest``) and where, and the largest in the column's own unit (``absolute``);
+    ``only_fetched``/``only_resampled``: candles that the other side lacks.
     """
     added_up = resample(minutes, timeframe)
     both = fetched.join(added_up, on="timestamp", suffix="_1m")
     values = [c for c in CANDLE_SCHEMA if c != "timestamp"]
+    apart = {c: (pl.col(c) - pl.col(f"{c}_1m")).abs() for c in values}
     scale = {c: pl.max_horizontal(pl.col(c).abs(), pl.col(f"{c}_1m").abs()) for c in values}
-    relative = both.select(
-        "timestamp",
-        *(pl.when(scale[c] > 0).then((pl.col(c) - pl.col(f"{c}_1m")).abs() / scale[c]).otherwise(0.0).alias(c) for c in values),
-    )
+    relative = {c: pl.when(scale[c] > 0).then(apart[c] / scale[c]).otherwise(0.0) for c in values}
     columns: dict[str, Any] = {}
     for column in values:
-        off = relative.filter(pl.col(column) > AGREES).sort(column, "timestamp", descending=[True, False])
+        off = both.select("timestamp", relative=relative[column], absolute=apart[column]).filter(pl.col("relative") > AGREES)
         if off.height:
-            columns[column] = {"rows": off.height, "largest": off[column][0], "at": iso(off["timestamp"][0])}
+            at, largest, _ = off.sort("relative", "timestamp", descending=[True, False]).row(0)
+            columns[column] = {"rows": off.height, "largest": largest, "at": iso(at), "absolute": off["absolute"].max()}
     return {
         "compared": both.height,
-        "differing": relative.filter(pl.any_horizontal(pl.col(c) > AGREES for c in values)).height,
+        "differing": both.filter(pl.any_horizontal(relative[c] > AGREES for c in values)).height,
         "only_fetched": fetched.height - both.height,
         "only_resampled": added_up.height - both.height,
         "columns": columns,

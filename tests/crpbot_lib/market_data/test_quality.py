@@ -104,7 +104,10 @@ class TestCompare:
         )
         found = compare(day, other, "1h")
         assert found["differing"] == 1
-        assert found["columns"] == {"volume": {"rows": 1, "largest": pytest.approx(0.5), "at": "2025-05-05T07:00:00Z"}}
+        volume = pytest.approx(hours["volume"][7])
+        assert found["columns"] == {
+            "volume": {"rows": 1, "largest": pytest.approx(0.5), "at": "2025-05-05T07:00:00Z", "absolute": volume}
+        }
 
     def test_candles_that_one_side_lacks_are_counted(self, day: pl.DataFrame, timeframes: dict[str, pl.DataFrame]) -> None:
         found = compare(day.tail(-60), without(timeframes["1h"].head(24), 23), "1h")
