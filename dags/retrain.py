@@ -2,9 +2,9 @@
 
 Retrains one LSTM per symbol on a spot GPU instance, publishes the models, and **always terminates the instance**.
 
-`plan` → `ensure_coverage` (fetches what is missing) → `plan_features` → `build_features` → `gate_features` (73 / 54 / 73) →
-`reserve` → `launch` → `train` (the job's log lines appear here while it runs) → `check_model` → `sync_models` →
-`terminate` → `cost_report` → `verdict`.
+`plan` → `ensure_coverage` (fetches what is missing) → `gaps` (tells outages from minutes without a trade) → `plan_features` →
+`build_features` → `gate_features` (73 / 54 / 73) → `reserve` → `launch` → `train` (the job's log lines appear here while it
+runs) → `check_model` → `sync_models` → `terminate` → `cost_report` → `verdict`.
 
 * `terminate` is a teardown that finds the run's instances **by tag** and waits until EC2 says `terminated`. It runs after
   success, failure, a mark or a clear. `reap_gpu_instances`, the job's own power-off and the deadline that is scheduled at boot
@@ -91,6 +91,13 @@ def retrain() -> None:
         return run_step(ingest.ensure_coverage, symbol, start, end)
 
     @task
+    def gaps(run_plan: dict[str, Any]) -> dict[str, Any]:
+        from crpbot_lib.steps import quality
+
+        start, end = date.fromisoformat(run_plan["start"]), date.fromisoformat(run_plan["end"])
+        return run_step(quality.gaps, run_plan["symbols"], start, end)
+
+    @task
     def plan_features(run_plan: dict[str, Any]) -> dict[str, Any]:
         from crpbot_lib.steps import features
 
@@ -160,6 +167,7 @@ def retrain() -> None:
     run_plan = plan()
     symbols = symbols_of(run_plan)
     covered = ensure_coverage.partial(run_plan=run_plan).expand(symbol=symbols)
+    told = gaps(run_plan)
     feature_plan = plan_features(run_plan)
     built = build_features.partial(feature_plan=feature_plan).expand(symbol=symbols)
     gate = gate_features(feature_plan)
@@ -174,9 +182,9 @@ def retrain() -> None:
     cost = cost_report(run).as_teardown(setups=[reserved])
     judged = verdict().as_teardown(on_failure_fail_dagrun=True)
 
-    covered >> feature_plan >> built >> gate >> reserved >> launch >> train >> checked >> synced >> terminate >> cost
+    covered >> told >> feature_plan >> built >> gate >> reserved >> launch >> train >> checked >> synced >> terminate >> cost
     # never directly behind a setup, whose failure would keep a teardown from running
-    [run_plan, covered, feature_plan, built, gate, train, checked, synced, terminate, cost] >> judged
+    [run_plan, covered, told, feature_plan, built, gate, train, checked, synced, terminate, cost] >> judged
 
 
 retrain()

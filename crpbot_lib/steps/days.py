@@ -50,6 +50,6 @@ def first_daily_day(settings: Settings, entry: Symbol, day: date) -> date:
     """The day with which CoinGecko's daily history known on ``day`` begins: the coin's listing; where the plan does not reach that
     far, what a retraining of ``training.days`` needs with the catalog's warm-up. By the day and not by the clock, so that a
     partition is the same whenever it is fetched."""
-    if PLANS[settings.coingecko_plan].history is None:
+    if PLANS[settings.coingecko_plan].history is None and settings.coingecko_history_days is None:
         return entry.coin_listed
     return max(entry.coin_listed, day - (settings.training.days + DAILY_LEAD_DAYS) * DAY)

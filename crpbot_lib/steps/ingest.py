@@ -90,7 +90,7 @@ class _Series:
 
     def requests(self, days: Sequence[date]) -> int:
         """About how many requests ``days`` take."""
-        return sum(ceil(len(chunk) / self.days_a_request) for chunk in self.chunks(days))
+        return sum(max(1, ceil(len(chunk) / self.days_a_request)) for chunk in self.chunks(days))
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,23 @@ class _Totals:
             self._history = counted
 
 
-def fetch_candles(settings: Settings, lake: Lake, symbol: str, timeframe: str, day: date, *, now: Clock = utc_now) -> Summary:
+def fetch_candles(
+    settings: Settings,
+    lake: Lake,
+    symbol: str,
+    timeframe: str,
+    day: date,
+    *,
+    now: Clock = utc_now,
+    market: MarketData | None = None,
+) -> Summary:
     """Fetches one UTC day of candles and writes its partition, replacing what was there.
 
     Returns ``key, rows, expected, missing, gaps``. MarketDataError when the day is not over yet (it is, 5 minutes after its end) or
     lies before ``exchange_listed``, or the exchange fails; then nothing is written. ValueError for an unknown symbol or timeframe.
     """
-    return fetch_candle_days(settings, lake, symbol, timeframe, day, day + DAY, now=now)["partitions"][0]  # type: ignore[no-any-return]
+    fetched = fetch_candle_days(settings, lake, symbol, timeframe, day, day + DAY, now=now, market=market)
+    return fetched["partitions"][0]  # type: ignore[no-any-return]
 
 
 def fetch_candle_days(
@@ -424,7 +434,7 @@ def _candles(settings: Settings, market: MarketData, entry: Symbol, timeframe: s
 
 def _points(settings: Settings, market: MarketData, entry: Symbol) -> list[_Series]:
     """The coin's daily history and its hourly points."""
-    plan = PLANS[settings.coingecko_plan]
+    plan = market.coingecko.plan
     if plan.history is not None and not entry.all_time_highs:
         log.warning(
             "CoinGecko's %s plan reaches back %d days, not to the listing of %s on %s: its features cannot be built without dated "

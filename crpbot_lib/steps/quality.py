@@ -62,8 +62,24 @@ def coverage(settings: Settings, lake: Lake, symbol: str, timeframe: str, start:
     }
 
 
+def report(settings: Settings, lake: Lake, symbol: str, start: date, end: date) -> Summary:
+    """The totals of ``coverage`` of each timeframe, a log line each: ``days, complete, partial, empty, absent, rows, missing``."""
+    totals: Summary = {}
+    for timeframe in TIMEFRAMES:
+        found = coverage(settings, lake, symbol, timeframe, start, end)
+        states = [day["state"] for day in found["days"]]
+        counts = {state: states.count(state) for state in ("complete", "partial", "empty", "absent")}
+        totals[timeframe] = {"days": len(states), **counts, "rows": found["rows"], "missing": found["missing"]}
+        log.info(
+            "%s %s %s to %s: %s; %d rows, %d missing",
+            *(symbol, timeframe, start, end, ", ".join(f"{n} days {state}" for state, n in counts.items() if n)),
+            *(found["rows"], found["missing"]),
+        )
+    return {"symbol": symbol, "start": start.isoformat(), "end": end.isoformat(), "timeframes": totals}
+
+
 def gaps(settings: Settings, lake: Lake, symbols: Sequence[str], start: date, end: date) -> Summary:
-    """Tells the minutes of the UTC days ``[start, end)`` that have no 1m candle as *no trade* or *outage*, all ``symbols`` together,
+    """Tells the minutes of the UTC days ``[start, end)`` that have no 1m candle as *no trade* or *outage*, all ``symbols`` at once,
     and writes the record (GAP_SCHEMA) to ``keys.gaps(start, end)``.
 
     One day of one symbol cannot be told alone: a day's edges depend on its neighbours, an outage on the other symbols. So the

@@ -48,14 +48,16 @@ def default_args() -> dict[str, Any]:
 
 
 def run_step(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs ``step(settings, lake, *args, **kwargs)`` of crpbot_lib inside a task.
+    """Runs ``step(settings, lake, *args, **kwargs)`` of crpbot_lib inside a task, with the settings of this process and the Airflow
+    Connections that they name (``connections``).
 
     An error that would repeat (see ``is_permanent``) fails the task without a retry.
     """
+    from crpbot_airflow.connections import with_connections
     from crpbot_lib.lake import Lake
 
-    current: Settings = settings()
     try:
+        current: Settings = with_connections(settings())
         return step(current, Lake(current.lake), *args, **kwargs)
     except Exception as error:
         if is_permanent(error):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from crpbot_lib.config import TIMEFRAMES, Settings, Symbol
-from crpbot_lib.lake import Lake, LakeError, keys
-from crpbot_lib.market_data import MarketDataError, QualityError
-from crpbot_lib.steps import ingest
+from crpbot_lib.config import TIMEFRAMES, Settings, Symbol, TrainingSettings
+from crpbot_lib.lake import Lake, keys
+from crpbot_lib.market_data import MarketData, MarketDataError
+from crpbot_lib.market_data.gaps import GAP_SCHEMA
+from crpbot_lib.steps import ingest, quality
 
 DAY = date(2025, 5, 7)
 LISTED = date(2025, 4, 10)
@@ -23,31 +25,6 @@ MIDNIGHT = datetime(2025, 5, 7, tzinfo=UTC)
 ONE = timedelta(days=1)
 HOUR = timedelta(hours=1)
 MINUTE = timedelta(minutes=1)
-
-
-@pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake(f"file://{tmp_path}/lake")
-
-
-@pytest.fixture
-def settings(wire: Any, timeframes: dict[str, pl.DataFrame]) -> Settings:
-    wire.candles = {("BTC-USD", timeframe): frame for timeframe, frame in timeframes.items()}
-    first = datetime(2025, 4, 10, tzinfo=UTC)
-    wire.points["bitcoin", "hourly"] = [point(first + n * HOUR + timedelta(seconds=n * 31 % 200), n) for n in range(24 * 30)]
-    wire.points["bitcoin", "daily"] = [point(first + n * ONE, n) for n in range(30)]
-    return Settings(
-        coinbase_url=wire.url,
-        coingecko_url=wire.url + "/api/v3",
-        coingecko_api_key="key",
-        symbols=(Symbol(name="BTC-USD", coin="bitcoin", coin_listed=LISTED),),
-        coinbase_requests_per_second=1e6,
-        coingecko_requests_per_second=1e6,
-    )
-
-
-def point(moment: datetime, n: int) -> tuple[int, float, float, float]:
-    return int(moment.timestamp() * 1000), 95_000.0 + n, 1.9e12 + n, 3e10 + n
 
 
 def contents(lake: Lake) -> dict[str, bytes]:
@@ -79,21 +56,22 @@ class TestFetchCandles:
         assert lake.read_frame(got["key"]).height == 1419
 
     def test_a_day_without_a_candle_is_a_partition_without_rows(
-        self, settings: Settings, lake: Lake, caplog: pytest.LogCaptureFixture
+        self, settings: Settings, lake: Lake, market: MarketData, caplog: pytest.LogCaptureFixture
     ) -> None:
-        got = ingest.fetch_candles(settings, lake, "BTC-USD", "1m", date(2025, 4, 30))
+        got = ingest.fetch_candles(settings, lake, "BTC-USD", "1m", date(2025, 4, 30), market=market)
         assert (got["rows"], got["missing"]) == (0, 1440)
         assert lake.read_frame(got["key"]).is_empty()
         assert "1 of 1 days were served without a row" in caplog.text
 
     def test_a_day_that_is_not_over_is_refused(self, settings: Settings, lake: Lake, wire: Any) -> None:
-        a_minute_to_midnight = MIDNIGHT + ONE - MINUTE
+        """For five minutes after its end: its last minute may not be served yet."""
         with pytest.raises(
-            MarketDataError, match="2025-05-07 is not over yet: it ends at 2025-05-08 00:00 UTC and it is 2025-05-07 23:59"
+            MarketDataError,
+            match="2025-05-07 is not over yet: it can be fetched from 2025-05-08 00:05 UTC on and it is 2025-05-08 00:04 UTC",
         ):
-            ingest.fetch_candles(settings, lake, "BTC-USD", "1m", DAY, now=lambda: a_minute_to_midnight)
+            ingest.fetch_candles(settings, lake, "BTC-USD", "1m", DAY, now=lambda: MIDNIGHT + ONE + 4 * MINUTE)
         assert (lake.keys(""), wire.requests) == ([], [])
-        got = ingest.fetch_candles(settings, lake, "BTC-USD", "1m", DAY, now=lambda: MIDNIGHT + ONE)
+        got = ingest.fetch_candles(settings, lake, "BTC-USD", "1m", DAY, now=lambda: MIDNIGHT + ONE + 5 * MINUTE)
         assert got["rows"] == 1440
 
     def test_a_failed_fetch_writes_nothing(self, settings: Settings, lake: Lake, wire: Any) -> None:
@@ -127,7 +105,7 @@ class TestFetchCoinGecko:
 
     def test_takes_one_request_each(self, settings: Settings, lake: Lake, wire: Any) -> None:
         ingest.fetch_coingecko(settings, lake, "BTC-USD", DAY)
-        assert [r.query["interval"] for r in wire.requests] == ["hourly", "daily"]
+        assert len(wire.requests) == 2
 
     def test_before_the_listing_is_refused(self, settings: Settings, lake: Lake) -> None:
         with pytest.raises(MarketDataError, match="2025-04-09 lies before the listing of bitcoin on 2025-04-10"):
@@ -136,9 +114,26 @@ class TestFetchCoinGecko:
 
     def test_no_history_is_an_error_and_not_an_empty_partition(self, settings: Settings, lake: Lake, wire: Any) -> None:
         wire.points["bitcoin", "daily"] = []
-        with pytest.raises(MarketDataError, match="no daily history of bitcoin from 2025-04-10 to 2025-05-07: check the coin's id"):
+        with pytest.raises(MarketDataError, match="no bitcoin daily history from 2025-04-10 to 2025-05-07: check the coin's id"):
             ingest.fetch_coingecko(settings, lake, "BTC-USD", DAY)
-        assert not lake.exists(keys.coingecko("daily", "bitcoin", DAY))
+        assert lake.keys("") == []
+
+    def test_where_the_plan_is_short_the_history_of_a_day_is_the_same_whenever_it_is_fetched(
+        self, settings: Settings, lake: Lake, wire: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        short = settings.model_copy(update={"coingecko_history_days": 365, "training": TrainingSettings(days=1)})
+        last = date(2025, 5, 9)
+        stamps = [int((MIDNIGHT + n * ONE).timestamp() * 1000) for n in range(-60, 3)]
+        wire.points["bitcoin", "daily"] = [(stamp, 1.0, 2.0, 3.0) for stamp in stamps]
+        short = short.model_copy(update={"symbols": (Symbol(name="BTC-USD", coin="bitcoin", coin_listed=date(2025, 1, 1)),)})
+        contents = []
+        for wait in (1, 200):
+            ingest.fetch_coingecko(short, lake, "BTC-USD", last, now=lambda wait=wait: MIDNIGHT + (3 + wait) * ONE)  # type: ignore[misc]
+            contents.append(lake.read(keys.coingecko("daily", "bitcoin", last)))
+        history = lake.read_frame(keys.coingecko("daily", "bitcoin", last))["timestamp"]
+        assert contents[0] == contents[1]
+        assert (history[0].date(), history[-1].date()) == (last - 33 * ONE, last), "training.days, 30 days of windows, 2 of age"
+        assert "its features cannot be built without dated records in `all_time_highs` of BTC-USD" in caplog.text
 
     def test_a_day_that_is_not_over_is_refused(self, settings: Settings, lake: Lake) -> None:
         with pytest.raises(MarketDataError, match="2025-05-07 is not over yet"):
@@ -154,18 +149,18 @@ class TestBytes:
         ingest.fetch_coingecko(settings, lake, "BTC-USD", DAY)
         assert contents(lake) == first
 
-    def test_a_range_gives_the_bytes_of_its_days(self, settings: Settings, lake: Lake, wire: Any, tmp_path: Path) -> None:
+    def test_a_range_gives_the_bytes_of_its_days(
+        self, settings: Settings, lake: Lake, wire: Any, market: MarketData, tmp_path: Path
+    ) -> None:
         without(wire, "1m", MIDNIGHT - ONE, MIDNIGHT)
-        ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY + 2 * ONE)
+        ingest.load(settings, lake, "BTC-USD", DAY - ONE, DAY + 2 * ONE, market=market)
         alone = Lake(f"file://{tmp_path}/alone")
-        for n in (2, 0, -1, 1):
+        for n in (0, -1, 1):
             for timeframe in TIMEFRAMES:
-                ingest.fetch_candles(settings, alone, "BTC-USD", timeframe, DAY + n * ONE)
+                ingest.fetch_candles(settings, alone, "BTC-USD", timeframe, DAY + n * ONE, market=market)
             ingest.fetch_coingecko(settings, alone, "BTC-USD", DAY + n * ONE)
-        ranged, daywise = contents(lake), contents(alone)
-        common = ranged.keys() & daywise.keys()
-        assert len(common) == 4 * 3 + 3 + 1
-        assert {key: ranged[key] for key in common} == {key: daywise[key] for key in common}
+        assert len(contents(lake)) == 3 * (4 + 2)
+        assert contents(lake) == contents(alone)
 
 
 class TestEnsureCoverage:
@@ -205,38 +200,30 @@ class TestEnsureCoverage:
 
     def test_takes_few_requests(self, settings: Settings, lake: Lake, wire: Any) -> None:
         ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY + 2 * ONE)
-        by_kind = [r.query.get("granularity", r.query.get("interval")) for r in wire.requests]
+        by_kind = [r.query.get("granularity", "points") for r in wire.requests]
         assert {kind: by_kind.count(kind) for kind in by_kind} == {
             "ONE_MINUTE": 15,
             "FIVE_MINUTE": 3,
             "FIFTEEN_MINUTE": 1,
             "ONE_HOUR": 1,
-            "hourly": 1,
-            "daily": 1,
+            "points": 2,
         }
 
-    def test_a_day_without_points_in_the_middle_is_fetched_and_empty(self, settings: Settings, lake: Lake, wire: Any) -> None:
+    def test_a_day_without_points_in_the_middle_is_fetched_and_empty(
+        self, settings: Settings, lake: Lake, wire: Any, market: MarketData
+    ) -> None:
         hole = MIDNIGHT - 3 * ONE
         kept = [p for p in wire.points["bitcoin", "hourly"] if not hole <= datetime.fromtimestamp(p[0] / 1000, UTC) < hole + ONE]
         wire.points["bitcoin", "hourly"] = kept
         without(wire, "1m", MIDNIGHT - ONE, MIDNIGHT)
-        got = ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY + ONE)
+        got = ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY + ONE, market=market)
         assert lake.read_frame(keys.coingecko("hourly", "bitcoin", hole.date())).is_empty()
         assert lake.read_frame(keys.candles("1m", "BTC-USD", DAY - ONE)).is_empty()
         assert got["missing"] == 24 + 1440
         assert ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY + ONE)["fetched"] == 0
 
-    def test_an_interrupted_run_is_resumed(self, settings: Settings, lake: Lake, wire: Any) -> None:
-        wire.script.extend([_pass_through(wire)] * 20)
-        wire.says(401, "Unauthorized")
-        with pytest.raises(MarketDataError):
-            ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY + 2 * ONE)
-        stored = len(lake.keys("raw/"))
-        assert stored == 12
-        assert ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY + 2 * ONE)["present"] == stored
-
-    def test_the_warm_up_begins_no_earlier_than_the_listing(self, settings: Settings, lake: Lake) -> None:
-        ingest.ensure_coverage(settings, lake, "BTC-USD", LISTED + ONE, LISTED + 2 * ONE)
+    def test_the_warm_up_begins_no_earlier_than_the_listing(self, settings: Settings, lake: Lake, market: MarketData) -> None:
+        ingest.ensure_coverage(settings, lake, "BTC-USD", LISTED + ONE, LISTED + 2 * ONE, market=market)
         assert len(lake.keys("raw/coingecko/hourly/")) == 2
 
     def test_the_future_and_an_empty_interval_are_refused(self, settings: Settings, lake: Lake) -> None:
@@ -246,129 +233,281 @@ class TestEnsureCoverage:
             ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY)
 
 
-def _pass_through(wire: Any) -> Any:
-    """An answer of the script that is the real one."""
+class Watched(MarketData):
+    """The sources, with a word before each fetch."""
 
-    def answer(handler: Any) -> None:
-        _, body = wire.answer(wire.requests[-1])
-        data = json.dumps(body).encode()
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        handler.wfile.write(data)
+    def __init__(self, settings: Settings, before: Callable[[str], None]) -> None:
+        super().__init__(settings, backoff=0.001)
+        self._before = before
 
-    return answer
+    def candles(self, symbol: str, timeframe: str, start: datetime, end: datetime) -> pl.DataFrame:
+        self._before(f"{timeframe} {start:%m-%d} {end:%m-%d}")
+        return super().candles(symbol, timeframe, start, end)
 
 
-class TestCoverage:
-    def test_tells_absent_from_empty_partial_and_complete(self, settings: Settings, lake: Lake, wire: Any) -> None:
-        without(wire, "1m", MIDNIGHT + 3 * HOUR, MIDNIGHT + 4 * HOUR)
-        for day in (DAY - ONE, DAY, date(2025, 5, 10)):
-            ingest.fetch_candles(settings, lake, "BTC-USD", "1m", day)
-        got = ingest.coverage(settings, lake, "BTC-USD", "1m", DAY - ONE, DAY + 4 * ONE)
-        assert [(d["day"], d["state"], d["rows"], d["missing"]) for d in got["days"]] == [
-            ("2025-05-06", "complete", 1440, 0),
-            ("2025-05-07", "partial", 1380, 60),
-            ("2025-05-08", "absent", 0, 1440),
-            ("2025-05-09", "absent", 0, 1440),
-            ("2025-05-10", "empty", 0, 1440),
+class Told:
+    """A meter that remembers."""
+
+    def __init__(self) -> None:
+        self.started: list[tuple[str, int, float]] = []
+        self.partitions = 0
+        self.requests = 0.0
+
+    def start(self, what: str, partitions: int, requests: float) -> None:
+        self.started.append((what, partitions, requests))
+
+    def advance(self, partitions: int, requests: float, doing: str) -> None:
+        self.partitions += partitions
+        self.requests += requests
+
+
+class TestLoad:
+    def test_brings_every_partition_of_the_days(self, settings: Settings, lake: Lake, market: MarketData) -> None:
+        got = ingest.load(settings, lake, "BTC-USD", DAY - ONE, DAY + ONE, market=market)
+        wanted = [keys.candles(tf, "BTC-USD", day) for tf in TIMEFRAMES for day in (DAY - ONE, DAY)]
+        wanted += [keys.coingecko(series, "bitcoin", day) for series in ("hourly", "daily") for day in (DAY - ONE, DAY)]
+        assert lake.keys("") == sorted(wanted)
+        # of the daily history, which each day's partition holds whole, the longest counts
+        rows = 2 * (1440 + 288 + 96 + 24 + 24) + 28
+        assert got == {
+            "symbol": "BTC-USD",
+            "start": "2025-05-06",
+            "end": "2025-05-08",
+            "present": 0,
+            "fetched": 12,
+            "rows": rows,
+            "missing": 0,
+            "outcomes": {"fetched": 12},
+        }
+
+    def test_timeframes_and_sources_can_be_chosen(self, settings: Settings, lake: Lake, market: MarketData) -> None:
+        ingest.load(settings, lake, "BTC-USD", DAY, DAY + ONE, timeframes=["5m"], coingecko=False, market=market)
+        assert lake.keys("") == [keys.candles("5m", "BTC-USD", DAY)]
+
+    def test_fetches_pieces_of_a_span_and_writes_one_while_it_fetches_the_next(
+        self, settings: Settings, lake: Lake, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ingest, "ROWS_AT_ONCE", 1440)
+        asked: list[tuple[str, int]] = []
+        watched = Watched(settings, lambda what: asked.append((what, len(lake.keys("raw/")))))
+        ingest.load(settings, lake, "BTC-USD", DAY - 2 * ONE, DAY + ONE, timeframes=["1m"], coingecko=False, market=watched)
+        assert [what for what, _ in asked] == ["1m 05-05 05-06", "1m 05-06 05-07", "1m 05-07 05-08"]
+        assert asked[0][1] == 0
+        assert asked[2][1] >= 1, "the first piece is written by the time the third is fetched"
+        assert len(lake.keys("raw/")) == 3
+
+    def test_a_broken_off_load_goes_on_where_it_was(
+        self, settings: Settings, lake: Lake, market: MarketData, tmp_path: Path
+    ) -> None:
+        def break_off(what: str) -> None:
+            if what.startswith("15m"):
+                raise KeyboardInterrupt
+
+        days = ("BTC-USD", DAY - ONE, DAY + ONE)
+        with pytest.raises(KeyboardInterrupt):
+            ingest.load(settings, lake, *days, market=Watched(settings, break_off))
+        there = len(lake.keys("raw/"))
+        assert there == 2 * 4, "what was fetched is written: points, 1m, 5m"
+        got = ingest.load(settings, lake, *days, market=market)
+        assert (got["present"], got["fetched"]) == (there, 12 - there)
+        whole = Lake(f"file://{tmp_path}/whole")
+        ingest.load(settings, whole, *days, market=market)
+        assert contents(lake) == contents(whole)
+
+    def test_a_second_load_asks_for_nothing(self, settings: Settings, lake: Lake, market: MarketData, wire: Any) -> None:
+        ingest.load(settings, lake, "BTC-USD", DAY, DAY + ONE, market=market)
+        wire.requests.clear()
+        got = ingest.load(settings, lake, "BTC-USD", DAY, DAY + ONE, market=market)
+        assert (got["present"], got["fetched"], wire.requests) == (6, 0, [])
+
+    def test_incomplete_fetches_what_lacks_rows_or_cannot_be_read(
+        self, settings: Settings, lake: Lake, market: MarketData, wire: Any
+    ) -> None:
+        whole = wire.candles["BTC-USD", "1m"]
+        without(wire, "1m", MIDNIGHT, MIDNIGHT + HOUR)
+        ingest.load(settings, lake, "BTC-USD", DAY, DAY + ONE, market=market)
+        lake.write(keys.candles("1h", "BTC-USD", DAY), b"PAR1")
+        wire.candles["BTC-USD", "1m"] = whole
+        got = ingest.load(settings, lake, "BTC-USD", DAY, DAY + ONE, refetch="incomplete", market=market)
+        assert (got["present"], got["outcomes"], got["missing"]) == (4, {"filled": 1, "fetched": 1}, 0)
+        assert lake.read_frame(keys.candles("1h", "BTC-USD", DAY)).height == 24
+
+    def test_all_fetched_again_loses_nothing(
+        self, settings: Settings, lake: Lake, market: MarketData, wire: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        ingest.load(settings, lake, "BTC-USD", DAY, DAY + ONE, market=market)
+        before = contents(lake)
+        without(wire, "1m", MIDNIGHT, MIDNIGHT + HOUR)
+        wire.candles["BTC-USD", "5m"] = wire.candles["BTC-USD", "5m"].clear()
+        wire.points["bitcoin", "hourly"] = [
+            (stamp, None, cap, volume) for stamp, _, cap, volume in wire.points["bitcoin", "hourly"]
         ]
-        assert got["days"][1]["gaps"] == [{"start": "2025-05-07T03:00:00Z", "minutes": 60}]
-        assert (got["rows"], got["missing"], got["absent"]) == (2820, 60 + 3 * 1440, 2)
+        got = ingest.load(settings, lake, "BTC-USD", DAY, DAY + ONE, refetch="all", market=market)
+        assert got["outcomes"] == {"kept": 3, "unchanged": 3}
+        assert contents(lake) == before
+        assert "BTC-USD 1m 2025-05-07: kept as it is stored: the answer lacks 60 of its rows" in caplog.text
+        assert "BTC-USD 5m 2025-05-07: kept as it is stored: the answer lacks 288 of its rows" in caplog.text
+        assert "bitcoin hourly 2025-05-07: kept as it is stored: the answer lacks 24 of its rows" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("start", "end", "options", "said"),
+        [
+            (DAY, DAY, {}, "holds no day"),
+            (DAY, date(2999, 1, 1), {}, "2998-12-31 is not over yet"),
+            (
+                date(2015, 1, 1),
+                DAY,
+                {"coingecko": False},
+                "2015-01-01 lies before the listing of BTC-USD on 2015-07-20: begin there",
+            ),
+            (date(2025, 4, 1), DAY, {}, "2025-04-01 lies before the listing of bitcoin on 2025-04-10"),
+            (DAY, DAY + ONE, {"refetch": "some"}, "refetch='some': expected one of absent, incomplete, all"),
+            (DAY, DAY + ONE, {"timeframes": ["2m"]}, "unknown timeframe '2m'"),
+        ],
+    )
+    def test_what_cannot_be_is_refused_before_any_request(
+        self, settings: Settings, lake: Lake, market: MarketData, wire: Any, start: date, end: date, options: Any, said: str
+    ) -> None:
+        listed = settings.symbols[0].model_copy(update={"exchange_listed": date(2015, 7, 20)})
+        settings = settings.model_copy(update={"symbols": (listed,)})
+        with pytest.raises((MarketDataError, ValueError), match=said):
+            ingest.load(settings, lake, "BTC-USD", start, end, market=market, **options)
+        assert (wire.requests, lake.keys("")) == ([], [])
+
+    @pytest.mark.parametrize("wrong", ["key", "product"])
+    def test_what_a_source_refuses_leaves_nothing_behind(
+        self, settings: Settings, lake: Lake, market: MarketData, wire: Any, wrong: str
+    ) -> None:
+        if wrong == "key":
+            wire.says(401, {"status": {"error_code": 10002, "error_message": "API Key Missing"}})
+        else:
+            wire.candles = {}
+        with pytest.raises(MarketDataError, match=r"401|404"):
+            ingest.load(settings, lake, "BTC-USD", DAY - ONE, DAY + ONE, market=market)
+        assert lake.keys("") == []
+
+    def test_a_meter_hears_of_every_partition_and_request(self, settings: Settings, lake: Lake, market: MarketData) -> None:
+        told = Told()
+        plan = ingest.plan_load(settings, lake, ["BTC-USD"], DAY - ONE, DAY + ONE)
+        ingest.load(settings, lake, "BTC-USD", DAY - ONE, DAY + ONE, market=market, progress=told)
+        assert told.started == [("BTC-USD", plan["partitions"], plan["requests"])]
+        assert (told.partitions, told.requests) == (plan["partitions"], plan["requests"])
 
 
-class TestCheckQuality:
+class TestPlan:
+    def test_says_what_would_be_asked_and_asks_nothing(self, settings: Settings, lake: Lake, market: MarketData, wire: Any) -> None:
+        ingest.load(settings, lake, "BTC-USD", DAY, DAY + ONE, timeframes=["1m"], coingecko=False, market=market)
+        wire.requests.clear()
+        slow = settings.model_copy(update={"coinbase_requests_per_second": 10.0, "coingecko_requests_per_second": 0.5})
+        got = ingest.plan_load(slow, lake, ["BTC-USD"], DAY - ONE, DAY + ONE)
+        assert wire.requests == []
+        assert (got["present"], got["partitions"], got["requests"], got["seconds"]) == (1, 11, 5 + 2 + 1 + 1 + 2, 0.9 + 4.0)
+        assert got["series"][2] == {"series": "BTC-USD 1m", "present": 1, "partitions": 1, "requests": 5}
+
+    def test_of_years_is_what_their_pages_are(self, settings: Settings, lake: Lake) -> None:
+        entry = settings.symbols[0].model_copy(update={"coin_listed": date(2013, 4, 28)})
+        settings = settings.model_copy(update={"symbols": (entry,)})
+        got = ingest.plan_load(settings, lake, ["BTC-USD"], date(2022, 1, 1), date(2025, 1, 1))
+        by_series = {one["series"]: one["requests"] for one in got["series"]}
+        minutes = 1096 * 1440 / 300
+        assert minutes <= by_series["BTC-USD 1m"] <= minutes + 1
+        assert by_series["BTC-USD 1h"] == 88
+        assert by_series["bitcoin daily history"] == 1
+
+
+class TestHeal:
     @pytest.fixture
-    def filled(self, settings: Settings, lake: Lake) -> Lake:
-        ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY + ONE)
-        return lake
+    def whole(self, settings: Settings, lake: Lake, wire: Any, market: MarketData) -> dict[str, pl.DataFrame]:
+        """What the exchange really has; the lake has two days of it, an hour of the first one missing."""
+        served = dict(wire.candles)
+        for timeframe in TIMEFRAMES:
+            without(wire, timeframe, MIDNIGHT + HOUR, MIDNIGHT + 2 * HOUR)
+        ingest.load(settings, lake, "BTC-USD", DAY, DAY + 2 * ONE, coingecko=False, market=market)
+        return {timeframe: frame for (_, timeframe), frame in served.items()}
 
-    def test_a_good_day(self, settings: Settings, filled: Lake, caplog: pytest.LogCaptureFixture) -> None:
-        with caplog.at_level(logging.INFO, "crpbot_lib"):
-            got = ingest.check_quality(settings, filled, ["BTC-USD"], DAY)
-        assert got["symbols"] == {"BTC-USD": {"rows": 1440, "missing": 0, "gaps": 0, "differing": 0}}
-        report = filled.read_json(keys.quality(DAY))
-        assert (report["passed"], report["problems"], got["key"]) == (True, [], keys.quality(DAY))
-        judged = report["symbols"]["BTC-USD"]
-        assert judged["candles"]["15m"]["against_1m"]["compared"] == 96
-        assert judged["coingecko"]["hourly"] == {"rows": 24, "expected": 24, "missing": 0, "gaps": []}
-        assert judged["coingecko"]["daily"]["days_behind"] == 0
-        assert caplog.messages == [
-            "BTC-USD 2025-05-07: 1440 minutes, 0 absent in 0 gaps; 0 candles of 5m, 15m, 1h disagree with the 1m"
+    @staticmethod
+    def serve(wire: Any, frames: dict[str, pl.DataFrame]) -> None:
+        wire.candles = {("BTC-USD", timeframe): frame for timeframe, frame in frames.items()}
+        wire.requests.clear()
+
+    @staticmethod
+    def record(lake: Lake, kind: str, start: datetime, minutes: int) -> None:
+        row = {"symbol": "BTC-USD", "start": start, "minutes": minutes, "kind": kind, "evidence": []}
+        lake.write_frame(keys.gaps(DAY, DAY + 2 * ONE), pl.DataFrame([row], schema=GAP_SCHEMA))
+
+    def test_fills_incomplete_and_absent_days_and_leaves_the_others_alone(
+        self, settings: Settings, lake: Lake, wire: Any, market: MarketData, whole: dict[str, pl.DataFrame]
+    ) -> None:
+        self.serve(wire, whole)
+        (Path(lake.root.removeprefix("file://")) / keys.candles("1h", "BTC-USD", DAY + ONE)).unlink()
+        got = ingest.heal(settings, lake, ["BTC-USD"], DAY, DAY + 2 * ONE, market=market)
+        assert [(d["timeframe"], d["day"], d["outcome"], d["added"]) for d in got["days"]] == [
+            ("1m", "2025-05-07", "filled", 60),
+            ("5m", "2025-05-07", "filled", 12),
+            ("15m", "2025-05-07", "filled", 4),
+            ("1h", "2025-05-07", "filled", 1),
+            ("1h", "2025-05-08", "fetched", 0),
         ]
+        assert (got["looked_at"], got["missing"], got["outcomes"]) == (8, 0, {"filled": 4, "fetched": 1})
+        for timeframe in TIMEFRAMES:
+            served = whole[timeframe].filter(pl.col("timestamp").dt.date() == DAY)
+            assert_frame_equal(lake.read_frame(keys.candles(timeframe, "BTC-USD", DAY)), served, check_exact=True)
 
-    def test_gaps_and_differences_are_reported_and_do_not_fail(
-        self, settings: Settings, lake: Lake, wire: Any, caplog: pytest.LogCaptureFixture
+    def test_minutes_without_a_trade_are_not_asked_for_again(
+        self, settings: Settings, lake: Lake, wire: Any, market: MarketData, whole: dict[str, pl.DataFrame]
     ) -> None:
-        without(wire, "1m", MIDNIGHT + HOUR, MIDNIGHT + HOUR + 10 * MINUTE)
-        ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY + ONE)
-        with caplog.at_level(logging.INFO, "crpbot_lib"):
-            got = ingest.check_quality(settings, lake, ["BTC-USD"], DAY)
-        summary = got["symbols"]["BTC-USD"]
-        assert (summary["rows"], summary["missing"], summary["gaps"]) == (1430, 10, 1)
-        assert summary["differing"] >= 3
-        report = lake.read_json(keys.quality(DAY))["symbols"]["BTC-USD"]["candles"]
-        assert report["1m"]["gaps"] == [{"start": "2025-05-07T01:00:00Z", "minutes": 10}]
-        assert report["5m"]["against_1m"]["only_fetched"] == 2
-        assert report["1h"]["against_1m"]["columns"]["volume"]["at"] == "2025-05-07T01:00:00Z"
-        assert "(largest: " in caplog.messages[-1]
+        self.serve(wire, whole)
+        self.record(lake, "no_trade", MIDNIGHT + HOUR, 60)
+        assert ingest.plan_heal(settings, lake, ["BTC-USD"], DAY, DAY + 2 * ONE)["partitions"] == 0
+        assert ingest.heal(settings, lake, ["BTC-USD"], DAY, DAY + 2 * ONE, market=market)["days"] == []
+        assert wire.requests == []
+        assert len(ingest.heal(settings, lake, ["BTC-USD"], DAY, DAY + 2 * ONE, every=True, market=market)["days"]) == 4
 
-    def test_every_absent_partition_is_named(self, settings: Settings, lake: Lake) -> None:
-        ingest.fetch_candles(settings, lake, "BTC-USD", "1m", DAY)
-        with pytest.raises(QualityError, match=r"2025-05-07: 5 partitions are absent or broken: .* does not exist") as error:
-            ingest.check_quality(settings, lake, ["BTC-USD"], DAY)
-        for key in (keys.candles("1h", "BTC-USD", DAY), keys.coingecko("daily", "bitcoin", DAY)):
-            assert lake.url(key) in str(error.value)
-        report = lake.read_json(keys.quality(DAY))
-        assert (report["passed"], len(report["problems"])) == (False, 5)
-
-    def test_a_broken_partition_fails(self, settings: Settings, filled: Lake) -> None:
-        key = keys.candles("5m", "BTC-USD", DAY)
-        frame = filled.read_frame(key)
-        filled.write_frame(key, frame.with_columns(high=pl.when(pl.col("timestamp") == MIDNIGHT).then(1.0).otherwise("high")))
-        with pytest.raises(QualityError, match=r"candles/5m/.*row 0 \(2025-05-07T00:00:00Z\), column 'high': 1.0 is below open"):
-            ingest.check_quality(settings, filled, ["BTC-USD"], DAY)
-
-    def test_a_partition_of_another_day_fails(self, settings: Settings, filled: Lake) -> None:
-        for key in (keys.candles("1h", "BTC-USD", DAY), keys.coingecko("hourly", "bitcoin", DAY)):
-            filled.write(key, filled.read(key.replace("2025-05-07", "2025-05-06")))
-        with pytest.raises(
-            QualityError, match=r"2 partitions.*2025-05-06T00:00:00Z is outside \[2025-05-07.*24 of 24 rows lie outside"
-        ):
-            ingest.check_quality(settings, filled, ["BTC-USD"], DAY)
-
-    def test_an_unreadable_partition_fails(self, settings: Settings, filled: Lake) -> None:
-        filled.write(keys.candles("15m", "BTC-USD", DAY), b"PAR1")
-        with pytest.raises(QualityError, match="is not a readable parquet file"):
-            ingest.check_quality(settings, filled, ["BTC-USD"], DAY)
-
-    def test_a_lake_that_does_not_answer_says_nothing_about_the_data(
-        self, settings: Settings, filled: Lake, monkeypatch: pytest.MonkeyPatch
+    def test_outages_and_what_the_record_explains_in_part_are_asked_for_again(
+        self, settings: Settings, lake: Lake, wire: Any, whole: dict[str, pl.DataFrame]
     ) -> None:
-        """It is no QualityError, which would be permanent: the next try may find the lake there."""
+        for kind, minutes in (("outage", 60), ("no_trade", 59)):
+            self.record(lake, kind, MIDNIGHT + HOUR, minutes)
+            plan = ingest.plan_heal(settings, lake, ["BTC-USD"], DAY, DAY + 2 * ONE)
+            by_series = {one["series"]: one["partitions"] for one in plan["series"]}
+            assert by_series == {"BTC-USD 1m": 1, "BTC-USD 5m": 1, "BTC-USD 15m": 1, "BTC-USD 1h": 1}
 
-        def down(key: str) -> bytes:
-            raise LakeError(f"s3://bucket/{key}: connect timeout; check CRPBOT_LAKE")
-
-        monkeypatch.setattr(filled, "read", down)
-        with pytest.raises(LakeError, match="connect timeout"):
-            ingest.check_quality(settings, filled, ["BTC-USD"], DAY)
-        assert not filled.exists(keys.quality(DAY))
-
-    def test_a_daily_history_that_ends_early_is_told(
-        self, settings: Settings, lake: Lake, wire: Any, caplog: pytest.LogCaptureFixture
+    def test_an_answer_that_lacks_stored_candles_changes_nothing(
+        self,
+        settings: Settings,
+        lake: Lake,
+        wire: Any,
+        market: MarketData,
+        whole: dict[str, pl.DataFrame],
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
-        wire.points["bitcoin", "daily"] = wire.points["bitcoin", "daily"][:-4]
-        ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY + ONE)
-        ingest.check_quality(settings, lake, ["BTC-USD"], DAY)
-        assert "bitcoin 2025-05-07: the daily history ends on 2025-05-05, 2 days before" in caplog.text
-        assert lake.read_json(keys.quality(DAY))["symbols"]["BTC-USD"]["coingecko"]["daily"]["days_behind"] == 2
+        """Not even where it has others that are not stored."""
+        fewer = {tf: frame.filter(pl.col("timestamp") != MIDNIGHT) for tf, frame in whole.items()}
+        self.serve(wire, fewer)
+        before = contents(lake)
+        got = ingest.heal(settings, lake, ["BTC-USD"], DAY, DAY + 2 * ONE, market=market)
+        assert {d["outcome"] for d in got["days"]} == {"kept"}
+        assert (got["days"][0]["lost"], got["days"][0]["missing"]) == (1, 60)
+        assert contents(lake) == before
+        assert "BTC-USD 1m 2025-05-07: kept as it is stored: the answer lacks 1 of its candles" in caplog.text
 
-    def test_the_record_is_the_same_every_time(self, settings: Settings, filled: Lake) -> None:
-        ingest.check_quality(settings, filled, ["BTC-USD"], DAY)
-        first = filled.read(keys.quality(DAY))
-        ingest.check_quality(settings, filled, ["BTC-USD"], DAY)
-        assert filled.read(keys.quality(DAY)) == first
+    def test_values_that_differ_from_the_stored_ones_are_counted(
+        self, settings: Settings, lake: Lake, wire: Any, market: MarketData, whole: dict[str, pl.DataFrame]
+    ) -> None:
+        first = pl.col("timestamp").is_in([MIDNIGHT, MIDNIGHT + MINUTE])
+        other = whole["1m"].with_columns(volume=pl.when(first).then(pl.col("volume") + 1).otherwise("volume"))
+        self.serve(wire, {**whole, "1m": other})
+        got = ingest.heal(settings, lake, ["BTC-USD"], DAY, DAY + ONE, market=market)
+        assert (got["days"][0]["changed"], got["days"][0]["added"], got["changed"]) == (2, 60, 2)
+        assert lake.read_frame(keys.candles("1m", "BTC-USD", DAY))["volume"][0] == other.filter(first)["volume"][0]
+
+    def test_a_second_time_finds_the_same_and_writes_nothing(
+        self, settings: Settings, lake: Lake, market: MarketData, whole: dict[str, pl.DataFrame]
+    ) -> None:
+        before = contents(lake)
+        got = ingest.heal(settings, lake, ["BTC-USD"], DAY, DAY + 2 * ONE, market=market)
+        assert (got["outcomes"], got["missing"]) == ({"unchanged": 4}, 60 + 12 + 4 + 1)
+        assert contents(lake) == before
 
 
 def test_summaries_fit_into_xcom(settings: Settings, lake: Lake) -> None:
@@ -376,6 +515,6 @@ def test_summaries_fit_into_xcom(settings: Settings, lake: Lake) -> None:
         ingest.fetch_candles(settings, lake, "BTC-USD", "1m", DAY),
         ingest.fetch_coingecko(settings, lake, "BTC-USD", DAY),
         ingest.ensure_coverage(settings, lake, "BTC-USD", DAY, DAY + ONE),
-        ingest.check_quality(settings, lake, ["BTC-USD"], DAY),
+        quality.check_quality(settings, lake, ["BTC-USD"], DAY),
     ]
     assert all(len(json.dumps(summary)) < 2000 for summary in made)
