@@ -121,7 +121,8 @@ class CoinGeckoClient:
             raise MarketDataError(
                 f"CoinGecko: {coin} {series} from {begin:%Y-%m-%d}: the plan {self.plan.name!r} reaches back "
                 f"{(self.plan.history or DAY).days} days, to {earliest:%Y-%m-%d}; ask from that day on (the "
-                "records before it are the symbol's `all_time_highs`), or use a plan with the whole history (CRPBOT_COINGECKO_PLAN, docs/market_data.md)",
+                "records before it are the symbol's `all_time_highs`), or use a plan with the whole history "
+                "(CRPBOT_COINGECKO_PLAN, docs/market_data.md)",
                 permanent=True,
             )
         longest = LONGEST_RANGE[series] or max(stop - begin, timedelta(1))

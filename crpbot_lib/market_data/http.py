@@ -175,7 +175,7 @@ class HttpClient:
         while chunk := response.raw.read1(1 << 16, decode_content=True):
             data += chunk
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no whole answer within {self._total:.0f} s")
+                raise TimeoutError(f"no whole answer within {self._total:.1f} s")
             if len(data) > LARGEST_ANSWER:
                 raise OSError(f"an answer of more than {LARGEST_ANSWER >> 20} MiB")
         return bytes(data)
@@ -230,12 +230,11 @@ class _Limited:
         timer.start()
         try:
             return super().getresponse(*args, **kwargs)  # type: ignore[misc]  # of the class that this is mixed into
-        except Exception as error:
-            if cut.is_set():
-                raise TimeoutError(f"no whole answer within {self.answer_within:.0f} s") from error
-            raise
         finally:
             timer.cancel()
+            # also where it succeeded: a cut may look like the end of the headers (urllib3 would rewrite a TimeoutError)
+            if cut.is_set():
+                raise OSError(f"no whole answer within {self.answer_within:.1f} s")
 
 
 def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -245,7 +244,7 @@ def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
 def checked_url(service: str, url: str, setting: str) -> str:
     """``url``, if it is an http(s) address without user, password or query; ValueError, which does not repeat what may be a key."""
     parts = urlsplit(url)
-    if "@" in parts.netloc or parts.query or parts.fragment:
+    if "@" in url or parts.query or parts.fragment:
         raise ValueError(
             f"the address of {service} ({setting}) holds a user, a password or a query: give scheme, host and path only; "
             "a key has a setting of its own"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from crpbot_lib.market_data import CoinbaseClient, MarketDataError, QualityError
+from crpbot_lib.market_data.coinbase import EMPTY_CONFIRMATIONS, PARALLEL_PAGES
 from crpbot_lib.market_data.frames import CANDLE_SCHEMA
 
 START = datetime(2025, 5, 5, tzinfo=UTC)
@@ -24,7 +26,11 @@ def served(wire: Any, timeframes: dict[str, pl.DataFrame]) -> None:
 
 @pytest.fixture
 def client(wire: Any) -> CoinbaseClient:
-    return CoinbaseClient(wire.url, requests_per_second=1e6)
+    return make(wire)
+
+
+def make(wire: Any, **options: Any) -> CoinbaseClient:
+    return CoinbaseClient(wire.url, requests_per_second=1e6, backoff=0.001, **options)
 
 
 def between(frame: pl.DataFrame, start: datetime, end: datetime) -> pl.DataFrame:
@@ -52,7 +58,7 @@ def test_page_borders_lose_and_double_nothing(
 
 def test_a_request_asks_for_what_the_api_takes(wire: Any, client: CoinbaseClient) -> None:
     client.candles("BTC-USD", "5m", START, START + timedelta(days=2))
-    first, second = wire.requests
+    first, second = sorted(wire.requests, key=lambda r: r.query["start"])
     assert first.path == "/api/v3/brokerage/market/products/BTC-USD/candles"
     assert {k: first.query[k] for k in ("granularity", "limit", "start")} == {
         "granularity": "FIVE_MINUTE",
@@ -61,6 +67,87 @@ def test_a_request_asks_for_what_the_api_takes(wire: Any, client: CoinbaseClient
     }
     assert int(second.query["start"]) == int(first.query["end"]) + 1
     assert "x-cg-pro-api-key" not in first.headers
+
+
+@pytest.mark.parametrize("size", [1, 7, 350])
+def test_the_size_of_a_page_is_a_choice(wire: Any, minutes: pl.DataFrame, size: int) -> None:
+    got = make(wire, page_size=size).candles("BTC-USD", "1m", START, START + 50 * MINUTE)
+    assert_frame_equal(got, minutes.head(50), check_exact=True)
+    assert len(wire.requests) == -(-50 // size)
+    assert {r.query["limit"] for r in wire.requests} == {str(size)}
+
+
+def test_pages_are_of_equal_length(wire: Any, client: CoinbaseClient) -> None:
+    """A last page of one minute would be empty, and asked for again, whenever nobody traded in it."""
+    client.candles("BTC-USD", "1m", START, START + 601 * MINUTE)
+    spans = [int(r.query["end"]) + 1 - int(r.query["start"]) for r in wire.requests]
+    assert sorted(spans) == [200 * 60, 200 * 60, 201 * 60]
+
+
+def test_pages_are_fetched_side_by_side_and_come_out_in_order(wire: Any, client: CoinbaseClient, minutes: pl.DataFrame) -> None:
+    """No page is answered before PARALLEL_PAGES of them are asked for, and the first is answered last."""
+    together, rest = threading.Barrier(PARALLEL_PAGES), threading.Event()
+    answer = wire.answer
+
+    def late(request: Any) -> Any:
+        if len(wire.requests) <= PARALLEL_PAGES:
+            together.wait(10)
+        if request.query["start"] == str(int(START.timestamp())):
+            rest.wait(10)
+        elif len(wire.requests) == 16:
+            rest.set()
+        return answer(request)
+
+    wire.answer = late
+    got = client.candles("BTC-USD", "1m", START, START + 16 * 300 * MINUTE)
+    assert_frame_equal(got, between(minutes, START, START + 16 * 300 * MINUTE), check_exact=True)
+
+
+def test_the_first_error_ends_it(wire: Any, client: CoinbaseClient) -> None:
+    wire.candles = {}
+    with pytest.raises(MarketDataError, match="404: NOT_FOUND"):
+        client.candles("BTC-USD", "1m", START, START + timedelta(days=365))
+    assert len(wire.requests) < 3 * PARALLEL_PAGES
+
+
+class TestAnEmptyPage:
+    @pytest.mark.parametrize("times", range(1, EMPTY_CONFIRMATIONS + 1))
+    def test_is_asked_for_again(self, wire: Any, client: CoinbaseClient, minutes: pl.DataFrame, times: int) -> None:
+        for _ in range(times):
+            wire.says(200, {"candles": []})
+        assert_frame_equal(client.candles("BTC-USD", "1m", START, START + 300 * MINUTE), minutes.head(300), check_exact=True)
+        assert len(wire.requests) == times + 1
+
+    def test_is_believed_in_the_end(self, wire: Any, client: CoinbaseClient) -> None:
+        wire.candles["BTC-USD", "1m"] = wire.candles["BTC-USD", "1m"].clear()
+        assert client.candles("BTC-USD", "1m", START, START + 300 * MINUTE).height == 0
+        assert len(wire.requests) == 1 + EMPTY_CONFIRMATIONS
+
+    def test_of_another_time_is_an_error(self, wire: Any, client: CoinbaseClient) -> None:
+        """A server that does not mind the interval: its candles are not this page's, and the page is not empty either."""
+        wire.says(200, {"candles": [candle(start=str(1_700_000_000 + n * 60)) for n in range(9, 0, -1)]})
+        with pytest.raises(
+            MarketDataError, match=r"in \[2025-05-05 00:00, 2025-05-05 01:00\): the answer is of another time: 9 candles"
+        ):
+            client.candles("BTC-USD", "1m", START, START + timedelta(hours=1))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (200, {"error": "UNAVAILABLE", "message": "try again"}),
+        (429, {"errors": [{"id": "rate_limit_exceeded", "message": "Too many requests"}]}),
+        (502, "<html>Bad gateway</html>"),
+        (200, '{"candles": [{"start": "17464'),
+        (200, {"candles": []}),
+    ],
+    ids=["an error in a 200", "429", "HTML", "cut short", "empty"],
+)
+def test_a_fault_of_a_page_loses_nothing(wire: Any, client: CoinbaseClient, minutes: pl.DataFrame, fault: tuple[int, Any]) -> None:
+    for _ in range(6):
+        wire.says(*fault)
+    got = client.candles("BTC-USD", "1m", START, START + timedelta(days=2))
+    assert_frame_equal(got, between(minutes, START, START + timedelta(days=2)), check_exact=True)
 
 
 def test_an_empty_page_is_not_the_end(wire: Any, client: CoinbaseClient, minutes: pl.DataFrame) -> None:
@@ -79,12 +166,12 @@ def test_an_interval_that_begins_between_candles_begins_with_the_next(client: Co
 @pytest.mark.parametrize(("seconds", "rows"), [(0, 10), (59, 10), (60, 11)])
 def test_a_candle_is_closed_by_the_clock(wire: Any, seconds: int, rows: int) -> None:
     now = START + 10 * MINUTE + timedelta(seconds=seconds)
-    got = CoinbaseClient(wire.url, now=lambda: now).candles("BTC-USD", "1m", START, START + timedelta(hours=1))
+    got = make(wire, now=lambda: now).candles("BTC-USD", "1m", START, START + timedelta(hours=1))
     assert got.height == rows
 
 
 def test_the_future_holds_no_candles_and_is_not_asked_for(wire: Any) -> None:
-    future = CoinbaseClient(wire.url, now=lambda: START)
+    future = make(wire, now=lambda: START)
     got = future.candles("BTC-USD", "1m", START, START + timedelta(days=1))
     assert (got.height, got.schema, wire.requests) == (0, CANDLE_SCHEMA, [])
 
@@ -99,7 +186,7 @@ def test_an_unknown_product_is_named(client: CoinbaseClient) -> None:
         client.candles("NOPE-USD", "1m", START, START + MINUTE)
 
 
-def candle(**changes: str) -> dict[str, str]:
+def candle(**changes: Any) -> dict[str, Any]:
     return {"start": str(int(START.timestamp())), "low": "1", "high": "4", "open": "2", "close": "3", "volume": "5"} | changes
 
 
@@ -114,6 +201,7 @@ def candle(**changes: str) -> dict[str, str]:
         ([candle(start=str(int(START.timestamp()) + 10))], "column 'timestamp': 2025-05-05T00:00:10Z is off the grid of 0:01:00"),
         ([candle(), candle(close="2.5")], "2025-05-05 00:00: two candles in one answer"),
         ([candle(open="abc")], "has no number for each of start, open"),
+        ([candle(start=float("inf"))], "has no number for each of start, open"),
         ([{"start": "1746403200"}], "has no number for each of start, open"),
         ([[1746403200, 1, 2, 3, 4, 5]], "has no number for each of start, open"),
     ],
