@@ -36,3 +36,24 @@ def test_so_is_one_inside_a_section(file: Path) -> None:
     file.write_text("[training]\nday = 3\n")
     with pytest.raises(ValueError, match=r"training\.day"):
         Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("coinbase_page_size", 351),
+        ("coinbase_page_size", 0),
+        ("coingecko_plan", "analyst"),
+        ("coingecko_requests_per_second", 0),
+        ("coingecko_history_days", 0),
+        ("http_timeout_seconds", 0),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_and_the_key_not_shown(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name) as error:
+        Settings(**{name: value, "coingecko_api_key": "CG-nobody-may-see"})  # type: ignore[arg-type]
+    assert "nobody-may-see" not in str(error.value)
+
+
+def test_the_key_is_not_shown_with_the_settings() -> None:
+    assert "nobody-may-see" not in repr(Settings(coingecko_api_key="CG-nobody-may-see"))  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from polars.testing import assert_frame_equal
 
 from crpbot_lib.market_data import CoinGeckoClient, MarketDataError, QualityError
 from crpbot_lib.market_data.frames import POINT_SCHEMA
+from crpbot_lib.market_data.plans import PLANS
 
 START = datetime(2025, 5, 5, tzinfo=UTC)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -28,7 +29,18 @@ def point(moment: datetime, price: float | None = 1.0) -> tuple[int, float | Non
 
 @pytest.fixture
 def client(wire: Any) -> CoinGeckoClient:
-    return CoinGeckoClient(wire.url + "/api/v3", "key", requests_per_second=1e6)
+    return make(wire)
+
+
+def make(wire: Any, plan: str = "pro", key: str | None = "key", **options: Any) -> CoinGeckoClient:
+    return CoinGeckoClient(wire.url + "/api/v3", key, plan=PLANS[plan], requests_per_second=1e6, backoff=0.001, **options)
+
+
+def asked(wire: Any) -> list[tuple[datetime, datetime]]:
+    """(from, to) of the requests."""
+    return [
+        (datetime.fromtimestamp(int(r.query["from"]), UTC), datetime.fromtimestamp(int(r.query["to"]), UTC)) for r in wire.requests
+    ]
 
 
 def test_points_on_the_hour(wire: Any, client: CoinGeckoClient) -> None:
@@ -39,14 +51,135 @@ def test_points_on_the_hour(wire: Any, client: CoinGeckoClient) -> None:
     assert got.row(3) == (START + 3 * HOUR, START + 3 * HOUR + timedelta(minutes=5), 103.0, 103_000.0, 1030.0)
 
 
-def test_a_request_asks_for_what_the_api_takes(wire: Any, client: CoinGeckoClient) -> None:
+def test_a_request_asks_for_what_every_plan_takes(wire: Any, client: CoinGeckoClient) -> None:
     wire.points["bitcoin", "hourly"] = []
     client.hourly("bitcoin", START, START + DAY)
     [request] = wire.requests
     assert request.path == "/api/v3/coins/bitcoin/market_chart/range"
-    assert (request.query["vs_currency"], request.query["interval"]) == ("usd", "hourly")
-    assert int(request.query["from"]) == int(START.timestamp())
-    assert request.headers["x-cg-pro-api-key"] == "key"
+    assert set(request.query) == {"vs_currency", "from", "to"}
+    assert request.query["vs_currency"] == "usd"
+
+
+class TestTheRangeDecidesTheSteps:
+    """Up to a day before the present: 5-minutely; 2 to 90 days: hourly; above: daily."""
+
+    NOW = datetime(2025, 5, 20, 13, 7, tzinfo=UTC)
+
+    @pytest.fixture(params=["pro", "demo", "public"])
+    def at_now(self, wire: Any, request: pytest.FixtureRequest) -> CoinGeckoClient:
+        wire.points = {("bitcoin", series): [] for series in ("hourly", "daily")}
+        return make(wire, request.param, now=lambda: self.NOW)
+
+    @pytest.mark.parametrize(
+        ("back", "length"),
+        [(364, 1), (364, 2), (300, 1), (200, 85), (100, 86), (3, 2), (1, 1), (0, 1), (364, 364)],
+    )
+    def test_hourly(self, wire: Any, at_now: CoinGeckoClient, back: int, length: int) -> None:
+        start = self.NOW.replace(hour=0, minute=0) - back * DAY
+        at_now.hourly("bitcoin", start, start + length * DAY)
+        for since, until in asked(wire):
+            assert 2 * DAY < min(until, self.NOW) - since <= 90 * DAY
+            assert since >= self.NOW - (at_now.plan.history or 9999 * DAY)
+        assert asked(wire)[0][0] <= start
+        assert asked(wire)[-1][1] >= start + length * DAY
+
+    @pytest.mark.parametrize(("back", "length"), [(364, 1), (364, 364), (300, 1), (100, 100), (3, 2), (0, 1)])
+    def test_daily(self, wire: Any, at_now: CoinGeckoClient, back: int, length: int) -> None:
+        start = self.NOW.replace(hour=0, minute=0) - back * DAY
+        at_now.daily("bitcoin", start, start + length * DAY)
+        [(since, until)] = asked(wire)
+        assert min(until, self.NOW) - since > 90 * DAY
+        assert self.NOW - (at_now.plan.history or 9999 * DAY) <= since <= start
+        assert until >= start + length * DAY
+
+    def test_five_minutely_points_give_the_first_of_each_hour(self, wire: Any, client: CoinGeckoClient) -> None:
+        late = timedelta(minutes=2, seconds=11)
+        wire.points["bitcoin", "hourly"] = [point(START + late + n * timedelta(minutes=5), 100 + n) for n in range(12 * 24)]
+        got = client.hourly("bitcoin", START, START + DAY)
+        assert got["timestamp"].to_list() == [START + n * HOUR for n in range(24)]
+        assert got["price"].to_list() == [100.0 + 12 * n for n in range(24)]
+        assert got["available_at"][5] == START + 5 * HOUR + late + timedelta(minutes=5)
+
+    def test_finer_points_give_the_first_of_each_day(self, wire: Any, client: CoinGeckoClient) -> None:
+        wire.points["bitcoin", "daily"] = [point(START + n * HOUR, 100 + n) for n in range(72)]
+        assert client.daily("bitcoin", START, START + 3 * DAY)["price"].to_list() == [100.0, 124.0, 148.0]
+
+    def test_daily_points_for_hours_are_an_error_and_no_gap(self, wire: Any, client: CoinGeckoClient) -> None:
+        wire.points["bitcoin", "hourly"] = [point(START + n * DAY) for n in range(80)]
+        with pytest.raises(
+            MarketDataError, match="bitcoin hourly from 2025-05-05 00:00: the answer has a point every 24 hours, not hourly"
+        ):
+            client.hourly("bitcoin", START, START + 80 * DAY)
+
+
+class TestPlans:
+    NOW = datetime(2026, 5, 20, 13, 7, tzinfo=UTC)
+
+    @pytest.mark.parametrize(
+        ("plan", "url", "header"),
+        [
+            ("pro", "https://pro-api.coingecko.com/api/v3", "x-cg-pro-api-key"),
+            ("demo", "https://api.coingecko.com/api/v3", "x-cg-demo-api-key"),
+            ("public", "https://api.coingecko.com/api/v3", None),
+        ],
+    )
+    def test_each_has_its_host_and_header(self, wire: Any, plan: str, url: str, header: str | None) -> None:
+        wire.points["bitcoin", "hourly"] = []
+        make(wire, plan, now=lambda: START + DAY).hourly("bitcoin", START, START + DAY)
+        sent = {name: value for name, value in wire.requests[0].headers.items() if name.startswith("x-cg")}
+        assert sent == ({header: "key"} if header else {})
+        assert PLANS[plan].url == url
+
+    @pytest.mark.parametrize("plan", ["pro", "demo", "public"])
+    def test_a_minute_counted_from_any_request_holds_no_more_than_is_allowed(self, plan: str) -> None:
+        assert round(60 * PLANS[plan].requests_per_second) + 1 <= PLANS[plan].requests_per_minute
+
+    @pytest.mark.parametrize("series", ["hourly", "daily"])
+    @pytest.mark.parametrize("plan", ["demo", "public"])
+    def test_what_a_plan_does_not_reach_is_refused_before_it_is_asked_for(self, wire: Any, plan: str, series: str) -> None:
+        client = make(wire, plan, now=lambda: self.NOW)
+        with pytest.raises(MarketDataError) as error:
+            getattr(client, series)("bitcoin", START, START + 500 * DAY)
+        assert f"bitcoin {series} from 2025-05-05: the plan '{plan}' reaches back 365 days, to 2025-05-21" in str(error.value)
+        assert "CRPBOT_COINGECKO_PLAN" in str(error.value)
+        assert error.value.permanent
+        assert wire.requests == []
+
+    def test_the_earliest_day_that_is_named_is_served(self, wire: Any) -> None:
+        wire.points["bitcoin", "daily"] = [point(datetime(2025, 5, 21, tzinfo=UTC))]
+        got = make(wire, "demo", now=lambda: self.NOW).daily("bitcoin", datetime(2025, 5, 21, tzinfo=UTC), self.NOW)
+        assert got.height == 1
+
+    def test_the_paid_ones_reach_to_the_beginning(self, wire: Any) -> None:
+        wire.points["bitcoin", "daily"] = []
+        make(wire, now=lambda: self.NOW).daily("bitcoin", datetime(2013, 4, 28, tzinfo=UTC), self.NOW)
+        assert len(wire.requests) == 1
+
+    @pytest.mark.parametrize("plan", ["pro", "demo"])
+    @pytest.mark.parametrize("key", [None, "", " "])
+    def test_no_key_is_refused_before_the_request(self, wire: Any, plan: str, key: str | None) -> None:
+        client = make(wire, plan, key, now=lambda: START + DAY)
+        for ask in (lambda: client.daily("bitcoin", START, START + DAY), lambda: client.all_time_high("bitcoin")):
+            with pytest.raises(MarketDataError, match=f"the plan '{plan}' needs a key: set CRPBOT_COINGECKO_API_KEY, or") as error:
+                ask()
+            assert error.value.permanent
+        assert wire.requests == []
+
+    @pytest.mark.parametrize(
+        ("code", "said"),
+        [
+            (10002, "set CRPBOT_COINGECKO_API_KEY to a key of the plan 'demo'"),
+            (10005, "this needs a paid plan, and CRPBOT_COINGECKO_PLAN is 'demo'"),
+            (10010, r"the other host: set CRPBOT_COINGECKO_PLAN \(now 'demo'\)"),
+            (10011, r"the other host: set CRPBOT_COINGECKO_PLAN \(now 'demo'\)"),
+            (10012, "does not reach that far back: set CRPBOT_COINGECKO_HISTORY_DAYS"),
+        ],
+    )
+    def test_a_refusal_says_what_to_set(self, wire: Any, code: int, said: str) -> None:
+        wire.says(401, {"status": {"error_code": code, "error_message": "no"}})
+        with pytest.raises(MarketDataError, match=f"code {code}: no; .*{said}"):
+            make(wire, "demo").all_time_high("bitcoin")
+        assert len(wire.requests) == 1
 
 
 class TestStampsOffTheGrid:
@@ -79,7 +212,7 @@ class TestTheNowPoint:
     @pytest.fixture
     def ask(self, wire: Any) -> Callable[[datetime], CoinGeckoClient]:
         """A client for which it is the given time."""
-        return lambda now: CoinGeckoClient(wire.url + "/api/v3", "key", now=lambda: now, requests_per_second=1e6)
+        return lambda now: make(wire, now=lambda: now)
 
     @pytest.mark.parametrize("age", [timedelta(0), timedelta(minutes=4, seconds=50), -timedelta(seconds=3)])
     def test_is_dropped(self, wire: Any, ask: Callable[[datetime], CoinGeckoClient], age: timedelta) -> None:
@@ -185,6 +318,8 @@ def test_a_coin_without_an_all_time_high_is_an_error(wire: Any, client: CoinGeck
         ({}, "bitcoin daily from 2025-05-05 00:00: no list 'prices' in the answer"),
         ({"prices": [[1]]}, r"'prices' holds \[1\], expected \[UNIX milliseconds, number or null\]"),
         ({"prices": [["soon", 1]]}, "'prices' holds"),
+        ({"prices": [[float("inf"), 1]]}, "'prices' holds"),
+        ({"prices": [[10**30, 1]]}, "'prices' holds"),
         ({"prices": [[1746403200000, "much"]]}, "'prices' holds"),
     ],
 )
@@ -198,13 +333,6 @@ def test_what_cannot_be_true_is_refused(wire: Any, client: CoinGeckoClient) -> N
     wire.points["bitcoin", "daily"] = [point(START, -5.0), point(START + DAY)]
     with pytest.raises(QualityError, match=r"row 0 \(2025-05-05T00:00:00Z\), column 'price': -5.0 is below 0"):
         client.daily("bitcoin", START, START + DAY)
-
-
-def test_no_key_is_a_clear_error(wire: Any) -> None:
-    wire.says(401, {"status": {"error_code": 10002, "error_message": "API Key Missing"}})
-    with pytest.raises(MarketDataError, match="code 10002: API Key Missing; set CRPBOT_COINGECKO_API_KEY to a Pro key"):
-        CoinGeckoClient(wire.url, None).daily("bitcoin", START, START + DAY)
-    assert "x-cg-pro-api-key" not in wire.requests[0].headers
 
 
 def test_the_real_daily_history_comes_back_whole(wire: Any, client: CoinGeckoClient, market_data_dir: Path | None) -> None:
