@@ -276,5 +276,4 @@ class MixedSource:
         return self._of(coin).points(coin, series)
 
     def describe(self) -> dict[str, Any]:
-        synthetic = {"names": sorted(self._generated), **self.generated.describe()}
-        return {**self.real.describe(), "kind": self.kind, "synthetic": synthetic}
+        return {**self.real.describe(), "kind": self.kind, "synthetic": self.generated.describe()}

@@ -27,7 +27,7 @@ from werkzeug.wrappers import Request, Response
 from crpbot_lib.config import GpuSettings
 from crpbot_lib.sandbox import coingecko, exchange, synthetic
 from crpbot_lib.sandbox.aws import Aws
-from crpbot_lib.sandbox.data import FolderSource, MixedSource, Source
+from crpbot_lib.sandbox.data import COINS, FolderSource, MixedSource, Source
 from crpbot_lib.sandbox.faults import Fault, Faults, RateLimit, Target, Traffic
 from crpbot_lib.sandbox.instances import TRAINING_ENTRY_POINT, Instance, Runner, Timing
 
@@ -108,22 +108,22 @@ def _source(options: SandboxOptions) -> Source:
         synthetic.SyntheticSource,
         options.synthetic_seed,
         prices=options.synthetic_prices,
-        symbols=options.synthetic_symbols,
         omitted=options.omit_minutes,
     )
     if options.data_dir is None:
         if options.venue is not None:
             raise ValueError(f"a venue ({options.venue}) is a folder of real data: give data_dir as well")
         log.warning("market data: SYNTHETIC, a random walk with seed %d", options.synthetic_seed)
-        return generate(start=options.synthetic_start, end=options.synthetic_end)
+        symbols = dict.fromkeys((*COINS.values(), *options.synthetic_symbols))
+        return generate(options.synthetic_start, options.synthetic_end, symbols=tuple(symbols))
     real = FolderSource(options.data_dir, options.venue, omitted=options.omit_minutes, seed=options.synthetic_seed)
     log.info("market data: real, %s from %s; hourly CoinGecko points are derived", real.venue, options.data_dir)
     if not options.synthetic_symbols:
         return real
     start, end = real.bounds()
     log.warning("market data: %s SYNTHETIC, beside it", ", ".join(options.synthetic_symbols))
-    generated = generate(start=start, end=end)
-    return MixedSource(real, generated, {name for s in options.synthetic_symbols for name in (s, generated.coin(s))})
+    generated = generate(start, end, symbols=options.synthetic_symbols)
+    return MixedSource(real, generated, generated.names)
 
 
 class _QuietHandler(WSGIRequestHandler):

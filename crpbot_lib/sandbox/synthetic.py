@@ -23,6 +23,7 @@ DEFAULT_END = datetime(2025, 6, 25, tzinfo=UTC)
 DAYS_BEFORE = 75
 """Days of hourly fundamentals before the window (the features warm up on 17 of them)."""
 
+_KNOWN = {symbol.name: symbol for symbol in DEFAULT_SYMBOLS}
 # USD at the window's end, USD at the listing, coins in circulation: only the orders of magnitude matter
 _ANCHORS: dict[str, tuple[float, float, float]] = {
     "BTC-USD": (105_000.0, 135.0, 19.8e6),
@@ -38,7 +39,7 @@ _MINUTE_VOLATILITY = 0.0006
 
 
 class SyntheticSource:
-    """Generated data of the three default symbols and of ``symbols``. Equal arguments give equal rows.
+    """Generated data of ``symbols`` (the three default ones) and their coins. Equal arguments give equal rows.
 
     ``start`` and ``end`` (UTC, [start, end)) bound the candles; ``prices`` (USD at the end, by symbol) moves the whole walk, so
     that fundamentals can stand beside candles of another source; ``omitted`` is the share of the minutes that are left out. The
@@ -54,7 +55,7 @@ class SyntheticSource:
         end: datetime = DEFAULT_END,
         prices: Mapping[str, float] | None = None,
         *,
-        symbols: Sequence[str] = (),
+        symbols: Sequence[str] = tuple(_KNOWN),
         omitted: float = 0.0,
     ) -> None:
         if start.tzinfo is None or end.tzinfo is None:
@@ -64,19 +65,15 @@ class SyntheticSource:
         self.seed = seed
         self.start, self.end = (t.astimezone(UTC).replace(second=0, microsecond=0) for t in (start, end))
         self.prices, self._omitted = dict(prices or {}), omitted
-        known = {symbol.name for symbol in DEFAULT_SYMBOLS}
         listed = (self.start - _UNKNOWN_LISTED).date()
-        others = [
-            Symbol(name=s, coin=s.split("-")[0].lower(), coin_listed=listed) for s in dict.fromkeys(symbols) if s not in known
-        ]
-        self._symbols = {symbol.name: symbol for symbol in (*DEFAULT_SYMBOLS, *others)}
+        self._symbols = {
+            name: _KNOWN.get(name) or Symbol(name=name, coin=name.split("-")[0].lower(), coin_listed=listed) for name in symbols
+        }
         self._coins = {symbol.coin: symbol for symbol in self._symbols.values()}
+        self.names = frozenset({*self._symbols, *self._coins})
+        """Every symbol and coin there is."""
         self._frames: dict[tuple[str, str], pl.DataFrame] = {}
         self._lock = threading.Lock()
-
-    def coin(self, symbol: str) -> str:
-        """The id of a symbol's coin."""
-        return self._symbols[symbol].coin
 
     def kind_of(self, name: str) -> Kind:  # noqa: ARG002  # nothing here is real
         return self.kind
