@@ -61,16 +61,21 @@ def _rising(column: str, step: timedelta) -> list[Rule]:
 
 
 def _schema(dtypes: Mapping[str, pl.DataType], rules: Sequence[Rule], *, nullable: Sequence[str]) -> pa.DataFrameSchema:
-    known = [(column, ~pl.col(column).is_finite(), "not a number") for column, dtype in dtypes.items() if dtype.is_float()]
+    """Columns first: what is compared with another column is a number by then."""
     columns = {
         column: pa.Column(
             dtype,
             nullable=column in nullable,
-            checks=[pa.Check(_holds(wrong), error=problem) for c, wrong, problem in (*known, *rules) if c == column],
+            checks=_check((column, ~pl.col(column).is_finite(), "not a number")) if dtype.is_float() else None,
         )
         for column, dtype in dtypes.items()
     }
-    return pa.DataFrameSchema(columns, strict=True, ordered=True)
+    return pa.DataFrameSchema(columns, checks=[_check(rule) for rule in rules], strict=True, ordered=True)
+
+
+def _check(rule: Rule) -> pa.Check:
+    column, wrong, problem = rule
+    return pa.Check(_holds(wrong), name=column, error=problem)
 
 
 def _holds(wrong: pl.Expr) -> Callable[[pa.PolarsData], pl.LazyFrame]:
@@ -90,8 +95,9 @@ def _columns(schema: pa.DataFrameSchema, frame: pl.DataFrame) -> str | None:
 
 
 def _row(error: SchemaError, frame: pl.DataFrame) -> str:
-    column, bad = error.schema.name, (~error.check_output.to_series()).arg_true()
-    problem = error.check.error if isinstance(error.check, pa.Check) else "not a number"
+    of_rule = isinstance(error.check, pa.Check)
+    column, problem = (error.check.name, error.check.error) if of_rule else (error.schema.name, "not a number")
+    bad = (~error.check_output.to_series()).arg_true()
     value, at = frame[column][bad[0]], frame["timestamp"][bad[0]]
     return (
         f"row {bad[0]} ({iso(at) if at else 'no timestamp'}), column {column!r}: "

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import polars as pl
 import pytest
 
 from crpbot_lib.market_data.frames import POINT_SCHEMA
 from crpbot_lib.market_data.progress import Progress
-from crpbot_lib.market_data.quality import Gap, QualityError, check_candles, check_points, compare, coverage, resample
+from crpbot_lib.market_data.quality import (
+    Gap,
+    QualityError,
+    check_candles,
+    check_points,
+    compare,
+    coverage,
+    iso,
+    resample,
+    suspicious,
+)
 
 START = datetime(2025, 5, 5, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -82,6 +93,112 @@ def test_a_point_known_before_its_time_is_refused() -> None:
     frame = pl.DataFrame([(START, START, 1.0, None, 1.0)], schema=POINT_SCHEMA, orient="row")
     with pytest.raises(QualityError, match="column 'available_at': 2025-05-05T00:00:00Z is not after its timestamp"):
         check_points(frame, "daily", "bitcoin daily")
+
+
+class TestSuspicious:
+    """What can be true but seldom is: counted and shown, never refused."""
+
+    def spiked(self, day: pl.DataFrame, row: int, **factors: float) -> pl.DataFrame:
+        here = pl.int_range(pl.len()) == row
+        return day.with_columns(pl.when(here).then(pl.col(c) * f).otherwise(c).alias(c) for c, f in factors.items())
+
+    def test_an_ordinary_day_has_nothing(self, day: pl.DataFrame) -> None:
+        assert suspicious(day, "1m") == []
+
+    def test_nothing_has_nothing(self, day: pl.DataFrame) -> None:
+        assert suspicious(day.clear(), "1m") == suspicious(day.head(1), "1m") == []
+
+    @pytest.mark.parametrize(("side", "factor"), [("high", 1.03), ("low", 0.97)])
+    def test_a_wick_that_is_back_at_once_is_a_spike(self, day: pl.DataFrame, side: str, factor: float) -> None:
+        (found,) = suspicious(self.spiked(day, 700, **{side: factor}), "1m")
+        assert (found.kind, found.start, found.rows) == ("spike", START + 700 * MINUTE, 1)
+        assert found.value == pytest.approx(day[side][700] * factor)
+        assert "% above both neighbours" in found.detail if side == "high" else "% below both neighbours" in found.detail
+
+    def test_a_close_that_is_back_at_once_is_a_spike(self, day: pl.DataFrame) -> None:
+        (found,) = suspicious(self.spiked(day, 700, high=1.03, close=1.03), "1m")
+        assert (found.kind, found.start) == ("spike", START + 700 * MINUTE)
+
+    def test_a_move_that_stays_is_none(self, day: pl.DataFrame) -> None:
+        later = pl.int_range(pl.len()) >= 700
+        prices = ("open", "high", "low", "close")
+        assert suspicious(day.with_columns(pl.when(later).then(pl.col(c) * 0.9).otherwise(c).alias(c) for c in prices), "1m") == []
+
+    def still(self, day: pl.DataFrame, rows: int, volume: float) -> pl.DataFrame:
+        here, price = pl.int_range(pl.len()).is_between(700, 699 + rows), day["close"][699]
+        values = {"open": price, "high": price, "low": price, "close": price, "volume": volume}
+        return day.with_columns(pl.when(here).then(value).otherwise(c).alias(c) for c, value in values.items())
+
+    @pytest.mark.parametrize(("rows", "volume", "found"), [(2, 0.0, 0), (3, 0.0, 1), (72, 0.0, 1), (3, 5.0, 0), (4, 5.0, 1)])
+    def test_a_price_that_stands_still_is_frozen(self, day: pl.DataFrame, rows: int, volume: float, found: int) -> None:
+        findings = suspicious(self.still(day, rows, volume), "1m")
+        assert [(f.kind, f.start, f.rows) for f in findings] == [("frozen", START + 700 * MINUTE, rows)] * found
+
+    def test_one_flat_hour_without_volume_is_frozen(self, timeframes: dict[str, pl.DataFrame]) -> None:
+        hours = timeframes["1h"].with_columns(
+            pl.when(pl.int_range(pl.len()) == 7).then(value).otherwise(c).alias(c)
+            for c, value in {"open": 95e3, "high": 95e3, "low": 95e3, "close": 95e3, "volume": 0.0}.items()
+        )
+        assert [(f.start, f.rows) for f in suspicious(hours, "1h") if f.kind == "frozen"] == [(START + timedelta(hours=7), 1)]
+
+    def test_the_very_same_candle_twice_is_a_copy(self, day: pl.DataFrame) -> None:
+        values = [c for c in day.columns if c != "timestamp"]
+        copied = day.with_columns(
+            pl.when(pl.int_range(pl.len()) == 700).then(pl.col(c).shift(1)).otherwise(c).alias(c) for c in values
+        )
+        (found,) = suspicious(copied, "1m")
+        assert (found.kind, found.start, found.rows) == ("frozen", START + 699 * MINUTE, 2)
+
+
+class TestSuspiciousInRealMarkets:
+    """Every candle of the folder is real: frozen stretches are those its README lists, large moves are no spikes."""
+
+    FROZEN = (
+        ("binance_spot_2023-03/BTC-USD", [("2023-03-24T11:28:00Z", 72)]),
+        ("binance_spot_2023-03/ETH-USD", [("2023-03-24T11:28:00Z", 72)]),
+        ("binance_spot_2023-03/SOL-USD", [("2023-03-24T11:28:00Z", 72)]),
+        ("binance_perp_2025-01/ETH-USD", [("2025-01-29T01:23:00Z", 13), ("2025-01-29T02:41:00Z", 4)]),
+        ("binance_perp_2025-01/SOL-USD", [("2025-01-29T01:23:00Z", 13), ("2025-01-29T02:41:00Z", 4)]),
+        ("binanceus_spot_2023-03/BTC-USD", []),
+        ("coinbase_derivatives_perp_2026-02/SOL-USD", []),
+    )
+
+    @pytest.fixture
+    def folder(self, market_data_dir: Path | None) -> Path:
+        if market_data_dir is None:
+            pytest.skip("needs the real candles (CRPBOT_SANDBOX_DATA)")
+        return market_data_dir
+
+    @pytest.mark.parametrize(("name", "expected"), FROZEN)
+    def test_frozen_stretches(self, folder: Path, name: str, expected: list[tuple[str, int]]) -> None:
+        findings = suspicious(pl.read_parquet(folder / "candles_1m_windows" / f"{name}.parquet"), "1m")
+        assert [(iso(f.start), f.rows) for f in findings if f.kind == "frozen"] == expected
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "candles_1m/ETH-USD",  # 3.5 % in a minute, 2025-06-21 21:24
+            "candles_1m/SOL-USD",
+            "candles_1m_spot/BTC-USD",
+            "candles_1m_windows/binanceus_spot_2023-03/BTC-USD",  # the USDC depeg of 2023-03-11
+            "candles_1m_windows/binance_spot_2024-07/BTC-USD",  # the crash of 2024-08-05
+            "candles_1m_windows/binance_spot_2024-07/ETH-USD",
+            "candles_1m_windows/binance_spot_2025-01/ETH-USD",  # the crash of 2025-02-03
+            "candles_1m_windows/binance_perp_2025-01/SOL-USD",
+            "candles_1m_windows/coinbase_spot_2020-02/BTC-USD",
+        ],
+    )
+    def test_large_moves_are_no_spikes(self, folder: Path, name: str) -> None:
+        assert [f for f in suspicious(pl.read_parquet(folder / f"{name}.parquet"), "1m") if f.kind == "spike"] == []
+
+    def test_of_planted_wicks_of_three_percent_nearly_all_are_found(self, folder: Path) -> None:
+        real = pl.read_parquet(folder / "candles_1m" / "SOL-USD.parquet")
+        planted = pl.int_range(pl.len()) % 500 == 250
+        bad = real.with_columns(high=pl.when(planted).then(pl.col("high") * 1.03).otherwise("high"))
+        found = {f.start for f in suspicious(bad, "1m")}
+        wicks = set(bad.filter(planted)["timestamp"])
+        assert found <= wicks
+        assert len(found) > 0.9 * len(wicks)
 
 
 class TestCompare:
