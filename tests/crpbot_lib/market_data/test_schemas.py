@@ -10,6 +10,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from pandera.config import ValidationDepth, config_context
 
 from crpbot_lib import candle_rules
 from crpbot_lib.market_data.frames import CANDLE_SCHEMA, POINT_SCHEMA
@@ -91,6 +92,13 @@ def test_what_a_point_cannot_be(point: tuple[object, ...], said: str) -> None:
 def test_values_that_coingecko_does_not_know_stay_null() -> None:
     check_points(pl.DataFrame([POINT], schema=POINT_SCHEMA, orient="row"), "daily", "bitcoin daily")
     check_points(pl.DataFrame(schema=POINT_SCHEMA), "hourly", "bitcoin hourly")
+
+
+def test_no_setting_of_pandera_switches_the_checks_off() -> None:
+    with config_context(validation_enabled=False):
+        assert "is below 0" in said_of(candles(volume=-1))
+    with config_context(validation_depth=ValidationDepth.SCHEMA_ONLY):
+        assert "is below 0" in said_of(candles(volume=-1))
 
 
 def test_pandera_is_imported_where_a_frame_is_checked_only() -> None:
