@@ -313,6 +313,7 @@ class Sandbox:
 
     def env(self) -> dict[str, str]:
         """Environment variables with which any process uses this cloud instead of the outside."""
+        plan = self.options.coingecko_plan
         return {
             "AWS_ENDPOINT_URL": self.aws_url,
             **_CREDENTIALS,
@@ -330,8 +331,8 @@ class Sandbox:
             "CRPBOT_LAKE": f"s3://{BUCKET}",
             "CRPBOT_COINBASE_URL": self.control_url,
             "CRPBOT_COINGECKO_URL": f"{self.control_url}/api/v3",
-            "CRPBOT_COINGECKO_PLAN": self.options.coingecko_plan,
-            **({"CRPBOT_COINGECKO_API_KEY": key} if (key := coingecko.KEYS[self.options.coingecko_plan]) else {}),
+            **({} if plan == "pro" else {"CRPBOT_COINGECKO_PLAN": plan}),
+            **({"CRPBOT_COINGECKO_API_KEY": key} if (key := coingecko.KEYS[plan]) else {}),
             "CRPBOT_TELEGRAM__URL": self.control_url,
             "CRPBOT_TELEGRAM__TOKEN": TELEGRAM_TOKEN,
             "CRPBOT_TELEGRAM__CHAT_ID": TELEGRAM_CHAT,

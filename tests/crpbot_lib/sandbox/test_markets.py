@@ -139,6 +139,15 @@ def test_each_plan_takes_its_own_key_and_refuses_as_coingecko_does(
     assert body.get("error_code", body.get("status", {}).get("error_code")) == code
 
 
+@pytest.mark.parametrize(("plan", "key"), [("pro", PRO_KEY), ("demo", DEMO_KEY), ("public", None)])
+def test_a_client_s_environment_has_the_plan_and_its_key(
+    cloud: Any, monkeypatch: pytest.MonkeyPatch, plan: Any, key: str | None
+) -> None:
+    monkeypatch.setattr(cloud.sandbox, "options", SandboxOptions(coingecko_plan=plan))
+    env = cloud.sandbox.env()
+    assert (env.get("CRPBOT_COINGECKO_PLAN", "pro"), env.get("CRPBOT_COINGECKO_API_KEY")) == (plan, key)
+
+
 def test_missing_parameters_and_unknown_coins_are_refused_as_by_coingecko(cloud: Any) -> None:
     missing = points(cloud, vs_currency="")
     assert (missing.status_code, missing.json()) == (422, {"error": "Missing parameter vs_currency"})
