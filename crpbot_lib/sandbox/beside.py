@@ -56,6 +56,10 @@ class CloudBeside:
         """POST to one of them: faults, rate_limits."""
         return self._answer("POST", what, body)
 
+    def count_anew(self) -> None:
+        """What ``ask("requests")`` tells begins here."""
+        self._answer("DELETE", "requests", None)
+
     def _answer(self, method: str, what: str, body: Any) -> Any:
         answer = self._http.request(method, f"{self._url}/_sandbox/{what}", json=body, timeout=60)
         answer.raise_for_status()
