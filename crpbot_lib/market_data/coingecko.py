@@ -112,7 +112,8 @@ class CoinGeckoClient:
             market = body["market_data"]
             return float(market["ath"]["usd"]), datetime.fromisoformat(market["ath_date"]["usd"]).astimezone(UTC)
         except (KeyError, TypeError, ValueError) as error:
-            raise MarketDataError(f"CoinGecko: /coins/{coin} has no market_data.ath.usd with its ath_date ({error!r})") from error
+            why = self._http.clean(repr(error), 100)
+        raise MarketDataError(f"CoinGecko: /coins/{coin} has no market_data.ath.usd with its ath_date ({why})")
 
     def _range(self, coin: str, series: Series, start: datetime, end: datetime) -> pl.DataFrame:
         begin, stop = floor(in_utc(start, "start"), SERIES_WIDTH[series]), in_utc(end, "end")
@@ -151,7 +152,7 @@ class CoinGeckoClient:
         step, now_since = SERIES_WIDTH[series], self._now() - NOW_POINT_AGE
         columns = [
             pl.DataFrame(
-                list(_points(body.get(name), what, name, now_since, step).items()),
+                list(self._points(body.get(name), what, name, now_since, step).items()),
                 schema={"stamp": pl.Int64, column: pl.Float64},
                 orient="row",
             )
@@ -175,6 +176,18 @@ class CoinGeckoClient:
             .unique("timestamp", keep="first", maintain_order=True)
             .cast(dict(POINT_SCHEMA))  # type: ignore[arg-type]  # a dict of names to types is what cast takes
         )
+
+    def _points(self, items: Any, what: str, name: str, now_since: datetime, step: timedelta) -> dict[int, float | None]:
+        """One of the three arrays as stamp (ms) -> value, without its "now" point and without stamps that go backwards."""
+        if not isinstance(items, list):
+            raise MarketDataError(f"{what}: no list {name!r} in the answer")
+        points: list[tuple[int, float | None]] = []
+        for item in items:
+            if (point := _point(item)) is None:
+                shown = self._http.clean(str(item), 100)
+                raise MarketDataError(f"{what}: {name!r} holds {shown}, expected [UNIX milliseconds, number or null]")
+            points.append(point)
+        return _kept(points, what, name, now_since, step)
 
     def _asked(self, series: Series, start: datetime, end: datetime) -> tuple[datetime, datetime]:
         """The range around ``[start, end)`` that is answered in the series' own steps: wide enough, and within the plan."""
@@ -208,20 +221,19 @@ def _wrong_key(plan: Plan, key: str) -> str:
     return ""
 
 
-def _points(items: Any, what: str, name: str, now_since: datetime, step: timedelta) -> dict[int, float | None]:
-    """One of the three arrays as stamp (ms) -> value, without its "now" point and without stamps that go backwards."""
-    if not isinstance(items, list):
-        raise MarketDataError(f"{what}: no list {name!r} in the answer")
-    points: list[tuple[int, float | None]] = []
-    for item in items:
-        try:
-            stamp, value = item
-            points.append((int(stamp), None if value is None else float(value)))
-            EPOCH + timedelta(milliseconds=points[-1][0])
-        except (TypeError, ValueError, OverflowError) as error:
-            raise MarketDataError(
-                f"{what}: {name!r} holds {str(item)[:100]}, expected [UNIX milliseconds, number or null]"
-            ) from error
+def _point(item: Any) -> tuple[int, float | None] | None:
+    """(stamp in ms, value) of what should be such a pair; None for anything else."""
+    try:
+        stamp, value = item
+        EPOCH + timedelta(milliseconds=int(stamp))
+        return int(stamp), None if value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _kept(
+    points: list[tuple[int, float | None]], what: str, name: str, now_since: datetime, step: timedelta
+) -> dict[int, float | None]:
     kept: dict[int, float | None] = {}
     highest = -1
     for stamp, value in points:

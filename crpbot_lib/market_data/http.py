@@ -23,7 +23,7 @@ import urllib3
 from requests.adapters import HTTPAdapter
 
 from crpbot_lib.market_data.frames import utc_now
-from crpbot_lib.market_data.limiter import RateLimiter
+from crpbot_lib.market_data.limiter import LONGEST_PAUSE, RateLimiter
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ LARGEST_ANSWER = 64 << 20
 ATTEMPTS = 10
 """Enough to sit out two minutes of an exchange that is down, and one request in five that fails."""
 LONGEST_BACKOFF = 30.0
-LONGEST_RETRY_AFTER = 300.0
+LONGEST_TEXT = 20_000
+"""Characters of an answer that are looked at for what it says."""
 CONNECTIONS = 16
 
 
@@ -91,6 +92,7 @@ class HttpClient:
         self._limiter, self._hint, self._sleep, self._backoff = limiter, hint, sleep, backoff
         written = {form for s in secrets if s for form in (s, quote(s, safe=""), quote_plus(s), json.dumps(s)[1:-1])}
         self._secret = re.compile("|".join(map(re.escape, sorted(written, key=len, reverse=True))), re.I) if written else None
+        self._longest_secret = max(map(len, written), default=0)
         self._timeout, self._total = (min(CONNECT_TIMEOUT, timeout), timeout), TOTAL * timeout
         # Coinbase marks candles as cacheable for minutes although they change; intermediaries must be told not to believe it
         self._headers = {"Accept": "application/json", "Cache-Control": "no-cache", **(headers or {})}
@@ -127,7 +129,7 @@ class HttpClient:
                 self._limiter.pause(answer.retry_after)
             if answer.permanent:
                 raise answer
-            if (answer.retry_after or 0) > LONGEST_RETRY_AFTER:
+            if (answer.retry_after or 0) > LONGEST_PAUSE:
                 raise self._with(answer, f"it asks to wait {answer.retry_after:.0f} s, try again after that")
             if attempt == ATTEMPTS:
                 raise self._with(answer, f"gave up after {ATTEMPTS} tries, try again later")
@@ -138,7 +140,7 @@ class HttpClient:
     def _once(self, path: str, params: Mapping[str, str | int]) -> dict[str, Any] | MarketDataError:
         """An answer, or the error that it is. Returned rather than raised where requests' exception is at hand: that one holds the
         request with its headers, the key among them, and would hang on ours as its context."""
-        request = self._clean(f"{self._service}: GET {path}?{urlencode(params)}")
+        request = self.clean(f"{self._service}: GET {path}?{urlencode(params)}")
         if self._process != os.getpid():
             # a forked process must not read from its parent's connections
             self._session, self._process = self._connections(), os.getpid()
@@ -149,7 +151,7 @@ class HttpClient:
             ) as response:
                 status, retry_after, data = response.status_code, response.headers.get("Retry-After"), self._body(response)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            return MarketDataError(f"{request} failed: {self._clean(f'{type(error).__name__}: {error}')}")
+            return MarketDataError(f"{request} failed: {self.clean(f'{type(error).__name__}: {error}')}")
         try:
             body = json.loads(data)
         except (ValueError, RecursionError):
@@ -158,10 +160,10 @@ class HttpClient:
             return body
         code, said = _explain(body) if isinstance(body, (dict, list)) else (None, data.decode("utf-8", "replace"))
         if status == 200 and body is None:
-            said = f"a body that is not JSON, {len(data)} bytes: {said[:300]}"
+            said = f"a body that is not JSON, {len(data)} bytes: {said}"
         hint = self._hint(status, code)
         return MarketDataError(
-            f"{request} answered {status}{'' if code in (None, status) else f', code {code}'}: {self._clean(said) or 'nothing'}"
+            f"{request} answered {status}{'' if code in (None, status) else f', code {code}'}: {self.clean(said) or 'nothing'}"
             + (f"; {hint}" if hint else ""),
             permanent=not _may_pass(status, code, body),
             status=status,
@@ -180,12 +182,15 @@ class HttpClient:
                 raise OSError(f"an answer of more than {LARGEST_ANSWER >> 20} MiB")
         return bytes(data)
 
-    def _clean(self, text: str) -> str:
-        """``text`` without secrets, markup and line breaks, and no longer than a log line should be."""
-        text = self._blot(text[:100_000])
-        text = re.sub(r"<(script|style)\b.*?</\1>|<[^>]*>", " ", text, flags=re.I | re.S)
+    def clean(self, text: str, length: int = 300) -> str:
+        """``text`` without secrets, markup and line breaks, and no longer than ``length``: fit for an error or a log line. Give it
+        whole: what is cut before may end within a secret."""
+        if len(text) > LONGEST_TEXT:
+            # what the cut leaves of a secret at its end goes too
+            text = self._blot(text[:LONGEST_TEXT])[: -self._longest_secret - 1]
+        text = re.sub(r"<(script|style)\b.*?</\1>|<[^<>]*>", " ", self._blot(text), flags=re.I | re.S)
         text = self._blot(re.sub(r"[\s\x00-\x1f\x7f]+", " ", text).strip())
-        return text if len(text) <= 300 else f"{text[:300]}…"
+        return text if len(text) <= length else f"{text[:length]}…"
 
     def _blot(self, text: str) -> str:
         return self._secret.sub("***", text) if self._secret else text
@@ -277,7 +282,8 @@ def _says_error(body: dict[str, Any]) -> bool:
     """Whether an answer with status 200 is an error all the same."""
     status = body.get("status")
     return bool(
-        body.get("error") or body.get("errors") or body.get("error_code") or (isinstance(status, dict) and "error_code" in status)
+        any(body.get(name) for name in ("error", "errors", "error_code", "message"))
+        or (isinstance(status, dict) and "error_code" in status)
     )
 
 
@@ -296,13 +302,13 @@ def _explain(body: Any) -> tuple[int | None, str]:
         elif isinstance(body, dict) and isinstance(body.get("errors"), list) and body["errors"]:
             body = body["errors"][0]
     if not isinstance(body, dict):
-        return None, "an empty list" if body == [] else str(body)[:300]
+        return None, "an empty list" if body == [] else str(body)
     status = body.get("status")
     inner = status if isinstance(status, dict) else {}
     code = body.get("error_code", inner.get("error_code", status))
     words = [body.get("error"), body.get("error_details"), body.get("message"), inner.get("error_message")]
     said = ": ".join(dict.fromkeys(str(w) for w in words if w))
-    return (code if type(code) is int else None), said or json.dumps(body)[:300]
+    return (code if type(code) is int else None), said or json.dumps(body)
 
 
 def _retry_after(value: str | None) -> float | None:

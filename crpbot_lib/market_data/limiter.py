@@ -115,12 +115,14 @@ class RateLimiter:
 
 def _ready(directory: Path | None) -> Path:
     """``directory``, made if need be; for None this user's own, which nobody else may have put there."""
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        return directory
-    own = Path(tempfile.gettempdir()) / f"crpbot-rate-limits-{os.getuid()}"
-    own.mkdir(mode=0o700, exist_ok=True)
+    own = directory or Path(tempfile.gettempdir()) / f"crpbot-rate-limits-{os.getuid()}"
+    try:
+        own.mkdir(mode=0o700 if directory is None else 0o777, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{own} cannot hold the rate limits ({error}): set CRPBOT_RATE_LIMIT_DIR to a directory to write"
+        ) from error
     found = own.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    if directory is None and (not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022):
         raise ValueError(f"{own} is not a directory that only this user writes: remove it, or set CRPBOT_RATE_LIMIT_DIR to another")
     return own

@@ -9,6 +9,7 @@ import pickle
 import socket
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,37 @@ class TestTheKey:
         assert error.value.__cause__ is None
         assert error.value.__context__ is None
 
+    @pytest.mark.parametrize("before", [*range(240, 330, 10), 19_950, 19_990])
+    def test_is_not_shown_in_part_where_a_long_answer_is_cut(self, wire: Any, client: HttpClient, before: int) -> None:
+        for body in ["x" * before + KEY * 3, json.dumps(["<p>" * (before // 3) + KEY]), {"error": "x" * before + KEY}]:
+            wire.says(403, body)
+            with pytest.raises(MarketDataError) as error:
+                client.get("/x", {})
+            assert KEY[:6] not in str(error.value)
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            {"prices": [[KEY, 1]]},
+            {"prices": [[1, f"{'x' * 80}{KEY}"]]},
+            {"prices": KEY},
+            {"market_data": {"ath": {"usd": KEY}, "ath_date": {}}},
+            {"market_data": {"ath": {"usd": 1}, "ath_date": {"usd": KEY}}},
+            {"market_data": KEY},
+        ],
+    )
+    def test_is_blotted_out_of_values_that_are_refused(self, wire: Any, body: Any) -> None:
+        client, start = (
+            CoinGeckoClient(wire.url, KEY, now=lambda: datetime(2025, 5, 6, tzinfo=UTC)),
+            datetime(2025, 5, 5, tzinfo=UTC),
+        )
+        for ask in (lambda: client.daily("bitcoin", start, start + timedelta(days=1)), lambda: client.all_time_high("bitcoin")):
+            wire.says(200, body)
+            with pytest.raises(MarketDataError) as error:
+                ask()
+            assert KEY[:6] not in str(error.value)
+            assert error.value.__context__ is None
+
     def test_does_not_hang_on_the_error_of_a_connection_that_failed(self, make: Make) -> None:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
@@ -341,6 +373,14 @@ def test_what_an_answer_says_is_one_line(wire: Any, client: HttpClient) -> None:
         client.get("/x\ny", {"a": "b\nc"})
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize("text", ["<" * 2_000_000, "<script>" * 300_000, " " * 2_000_000, '{"a":' * 400_000])
+def test_an_answer_made_to_be_slow_to_read_is_not(wire: Any, client: HttpClient, text: str) -> None:
+    """Work that grows with the square of it would take minutes."""
+    wire.says(403, text)
+    with pytest.raises(MarketDataError, match="answered 403"):
+        client.get("/x", {})
 
 
 def test_an_error_survives_the_way_to_another_process(wire: Any, client: HttpClient) -> None:

@@ -228,6 +228,12 @@ def test_who_holds_the_lock_and_does_not_move_stops_nobody_for_long(tmp_path: Pa
         limiter.wait()
 
 
+def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot hold the rate limits .*: set CRPBOT_RATE_LIMIT_DIR"):
+        RateLimiter(10, name="exchange", directory=tmp_path / "file" / "limits")
+
+
 @pytest.mark.parametrize("per_second", [0, -1, float("nan"), float("inf")])
 def test_a_rate_that_is_none_is_refused(tmp_path: Path, per_second: float) -> None:
     with pytest.raises(ValueError, match="expected a number above 0"):
