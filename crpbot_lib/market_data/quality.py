@@ -1,6 +1,7 @@
 """What can be said about candles and points by looking at them: is it possible, is it whole, do the timeframes agree.
 
-Pure functions on frames. ``check_…`` raises on what cannot be true; ``coverage`` and ``compare`` only count.
+Pure functions on frames. ``check_…`` raises on what cannot be true; ``suspicious``, ``coverage`` and ``compare`` only count.
+docs/data_quality.md has the rules and what they were measured on.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ def suspicious(frame: pl.DataFrame, timeframe: str) -> list[Finding]:
     spikes = (
         frame.lazy()
         .with_columns(above=above, below=below, usual=usual + ONE_TICK)
+        .slice(1, max(frame.height - 2, 0))  # the first and the last have one neighbour: whether they come back is not known
         .with_columns(ratio=pl.max_horizontal("above", "below") / pl.col("usual"))
         .filter(pl.col("ratio") > SPIKE_RANGES)
         .collect()

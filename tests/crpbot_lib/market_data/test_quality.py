@@ -124,6 +124,10 @@ class TestSuspicious:
         prices = ("open", "high", "low", "close")
         assert suspicious(day.with_columns(pl.when(later).then(pl.col(c) * 0.9).otherwise(c).alias(c) for c in prices), "1m") == []
 
+    @pytest.mark.parametrize("row", [0, 1439])
+    def test_a_candle_with_one_neighbour_is_not_judged(self, day: pl.DataFrame, row: int) -> None:
+        assert suspicious(self.spiked(day, row, high=1.03), "1m") == []
+
     def still(self, day: pl.DataFrame, rows: int, volume: float) -> pl.DataFrame:
         here, price = pl.int_range(pl.len()).is_between(700, 699 + rows), day["close"][699]
         values = {"open": price, "high": price, "low": price, "close": price, "volume": volume}
