@@ -213,7 +213,7 @@ def _with_traded(found: pl.DataFrame, minutes: pl.DataFrame, wider: Mapping[str,
             found.select(hole=pl.int_range(pl.len()), hole_start="start", hole_end=END),
             left_on="last",
             right_on="hole_start",
-        )
+        ).drop_nulls("hole")
         common = pl.min_horizontal("end", "hole_end") - pl.max_horizontal("start", "hole_start")
         traded.update(pairs.filter(common == pl.col("lacks") * MINUTE)["hole"])
     return found.drop("traded").with_columns(traded=pl.int_range(pl.len()).is_in(sorted(traded)))

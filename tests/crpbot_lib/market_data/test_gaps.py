@@ -125,6 +125,16 @@ class TestBeyondTheInterval:
         record = self.record(frame, 0, 4, fetched=[day for day in self.DAYS if day != self.DAYS[1]])
         assert record.rows() == [("BTC-USD", START + 2 * DAY, 3, "no_trade", ["edge"])]
 
+    def test_wider_candles_of_a_day_that_was_not_fetched_tell_nothing(self, minutes: pl.DataFrame) -> None:
+        frame = without(minutes, (0, 1440), (2 * 1440, 3))
+        wider = {tf: resample(minutes, tf) for tf in ("5m", "15m", "1h")}
+        found = holes(frame, wider, START, START + 4 * DAY, fetched=self.DAYS[1:])
+        assert found.select("start", "known", "traded").rows() == [
+            (START - DAY, False, False),
+            (START + 2 * DAY, True, True),
+            (START + 4 * DAY, False, False),
+        ]
+
     def test_a_fetched_day_without_a_candle_is_an_outage_of_a_day(self, minutes: pl.DataFrame) -> None:
         assert self.record(without(minutes, (1440, 1440)), 0, 4).rows() == [
             ("BTC-USD", START + DAY, 1440, "outage", ["long"]),
