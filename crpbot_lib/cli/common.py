@@ -60,7 +60,7 @@ def open_lake() -> tuple[Settings, Lake]:
 def show_table(table: Table) -> None:
     """Prints ``table`` as wide as it is: a terminal may wrap it, but no id is cut."""
     console = Console()
-    width = Measurement.get(console, console.options, table).maximum
+    width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     Console(width=max(width, console.width)).print(table)
 
 

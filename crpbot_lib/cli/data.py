@@ -38,7 +38,7 @@ CELLS = (
     (0.5, "▒", "dark_orange", "50 %"),
     (0.0, "░", "red", "less"),
 )
-EMPTY, ABSENT = ("○", "red", "fetched, not one candle"), ("·", "dim", "not fetched")
+EMPTY, ABSENT = ("○", "red", "none served"), ("·", "dim", "not fetched")
 
 
 @fetch.command("candles")

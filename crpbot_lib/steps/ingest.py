@@ -633,7 +633,8 @@ class _Chunk:
     series: _Series
     days: list[date]
     frame: pl.DataFrame
-    began: float
+    seconds: float
+    """That the fetch took."""
     writes: list[Future[_Stored]] = field(default_factory=list)
 
 
@@ -656,7 +657,7 @@ def _stream(lake: Lake, work: Sequence[_Work], meter: Meter, *, again: bool) -> 
                         permanent=True,
                     )
                 silent.discard(series.source)
-                held.append(_Chunk(series, days, frame, began))
+                held.append(_Chunk(series, days, frame, time.monotonic() - began))
                 meter.advance(0, series.requests(days), f"{series.what} {days[-1]}")
                 if silent:
                     continue
@@ -722,7 +723,7 @@ def _report(chunk: _Chunk, written: Sequence[_Stored]) -> None:
     empty = sum(p.rows == 0 for p in written)
     first, last = chunk.days[0], chunk.days[-1]
     days = f"{first}" if first == last else f"{first} to {last}"
-    line = f"{chunk.series.what} {days}: {rows} rows, {missing} absent in {gaps} gaps, {time.monotonic() - chunk.began:.1f} s"
+    line = f"{chunk.series.what} {days}: {rows} rows, {missing} absent in {gaps} gaps, {chunk.seconds:.1f} s"
     if empty:
         log.warning("%s; %d of %d days were served without a row", line, empty, len(written))
     else:

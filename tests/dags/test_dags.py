@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DAG_IDS = ["market_data", "promote", "reap_gpu_instances", "retrain"]
+DAG_IDS = ["market_data", "market_data_range", "promote", "reap_gpu_instances", "retrain"]
 
 
 def test_these_are_the_dags(dags: dict[str, Any]) -> None:
@@ -58,6 +58,43 @@ def test_a_day_of_market_data_runs_at_the_next_midnight_and_is_named_by_its_key(
     assert info.partition_key is not None
     run_after = info.run_after
     assert (run_after - datetime.fromisoformat(info.partition_key).replace(tzinfo=UTC)).days == 1
+
+
+def test_years_are_loaded_in_one_run_by_hand_only(dags: dict[str, Any]) -> None:
+    dag = dags["market_data_range"]
+    assert dag.timetable.can_be_scheduled is False
+    assert [task.task_id for task in dag.topological_sort()] == ["plan", "symbols_of", "load", "gaps", "report"]
+    load = dag.get_task("load")
+    assert load.is_mapped
+    assert load.execution_timeout == timedelta(hours=24)
+    # an outage shows in all symbols at once: the gaps are told after all of them are there
+    assert dag.get_task("gaps").upstream_task_ids >= {"load"}
+
+
+def test_a_range_is_checked_before_anything_is_loaded(
+    dags: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    monkeypatch.setenv("CRPBOT_LAKE", f"file://{tmp_path}")
+    monkeypatch.setenv("CRPBOT_COINGECKO_API_KEY", "key")
+    plan = dags["market_data_range"].get_task("plan").python_callable
+    good = {"start": "2025-05-01", "end": "2025-05-03", "symbols": ["BTC-USD"], "refetch": "absent"}
+    assert plan(good) == good | {"present": 0, "partitions": 12, "requests": 16, "seconds": plan(good)["seconds"]}
+    for wrong, said in (
+        ({"start": ""}, "expected days like 2025-05-26"),
+        ({"end": "2025-05-01"}, "holds no day"),
+        ({"end": "2999-01-01"}, "is not over yet"),
+        ({"start": "2010-01-01"}, "lies before the listing of bitcoin"),
+        ({"symbols": []}, "symbols is empty"),
+    ):
+        with pytest.raises(AirflowFailException, match=said):
+            plan(good | wrong)
+
+
+def test_a_retraining_records_the_gaps_of_what_it_learns_from(dags: dict[str, Any]) -> None:
+    gaps = dags["retrain"].get_task("gaps")
+    assert (gaps.upstream_task_ids, gaps.downstream_task_ids) == ({"ensure_coverage", "plan"}, {"plan_features", "verdict"})
 
 
 def test_the_schedules_can_be_switched_off_but_not_the_reapers(airflow_env: dict[str, str]) -> None:
