@@ -7,7 +7,8 @@ Fetches one UTC day of market data into the lake, for every symbol of the config
 3. `check_quality`, which fails when a partition is absent or broken and writes the day's quality record.
 
 The partition key is the day, e.g. `2025-05-26`; it says everything that a run needs, so any day can be run again or by backfill in
-any order and gives the same bytes. The run of a day starts a quarter past the next midnight: by then its last minute is served.
+any order and gives the same bytes. Where a source now serves less than is stored, the stored partition is kept. The run of a day
+starts a quarter past the next midnight: by then its last minute is served.
 
 **When it fails:** the task log names the request and what to do. Clear the task; nothing half-written stays.
 """

@@ -53,7 +53,7 @@ def fetch_candles(
             _show_plan(ingest.plan_load(config, lake, [symbol], start, end, **only), as_json)
             return
         with meter() as progress:
-            summary = ingest.fetch_candle_days(config, lake, symbol, timeframe, start, end, progress=progress)
+            summary = ingest.fetch_candle_days(config, lake, symbol, timeframe, start, end, replace=True, progress=progress)
         text = f"{symbol} {timeframe}: {summary['rows']} rows in {len(summary['partitions'])} days, {summary['missing']} absent"
         _show(summary, text, as_json)
 
@@ -66,7 +66,8 @@ def fetch_coingecko(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch a coin's hourly points of the UTC days [start, end) and its daily history as known on each of them."""
+    """Fetch a coin's hourly points of the UTC days [start, end) and its daily history as known on each of them, replacing what is
+    there."""
     with clear_errors():
         config, lake = open_lake()
         by_coin = {s.coin: s.name for s in config.symbols}
@@ -76,7 +77,7 @@ def fetch_coingecko(
             _show_plan(ingest.plan_load(config, lake, [by_coin[coin]], start, end, timeframes=(), refetch="all"), as_json)
             return
         with meter() as progress:
-            summary = ingest.fetch_coingecko_days(config, lake, by_coin[coin], start, end, progress=progress)
+            summary = ingest.fetch_coingecko_days(config, lake, by_coin[coin], start, end, replace=True, progress=progress)
         hourly, daily = summary["hourly"], summary["daily"][-1]
         rows, missing = sum(p["rows"] for p in hourly), sum(p["missing"] for p in hourly)
         text = f"{coin}: {rows} hourly points in {len(hourly)} days, {missing} absent; daily history of {daily['rows']} days"

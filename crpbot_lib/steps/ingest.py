@@ -25,10 +25,11 @@ import polars as pl
 from crpbot_lib.config import TIMEFRAMES, Settings, Symbol
 from crpbot_lib.features import catalog
 from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
-from crpbot_lib.market_data import Clock, MarketData, MarketDataError, utc_now
-from crpbot_lib.market_data.frames import SERIES_WIDTH, width
+from crpbot_lib.market_data import Clock, MarketData, MarketDataError, QualityError, utc_now
+from crpbot_lib.market_data.frames import EPOCH, SERIES_WIDTH, width
 from crpbot_lib.market_data.plans import PLANS
 from crpbot_lib.market_data.progress import LogMeter, Meter
+from crpbot_lib.market_data.quality import check_candles, check_points
 from crpbot_lib.market_data.quality import coverage as cover
 from crpbot_lib.steps.days import DAY, closed_days, first_daily_day, midnight
 
@@ -169,9 +170,9 @@ def fetch_candles(
     now: Clock = utc_now,
     market: MarketData | None = None,
 ) -> Summary:
-    """Fetches one UTC day of candles and writes its partition, replacing what was there.
+    """Fetches one UTC day of candles and writes its partition. One that is there already is kept where the exchange now serves less.
 
-    Returns ``key, rows, expected, missing, gaps``. MarketDataError when the day is not over yet (it is, 5 minutes after its end) or
+    Returns ``key, rows, expected, missing, gaps`` of what is stored then. MarketDataError when the day is not over yet (it is, 5 minutes after its end) or
     lies before ``exchange_listed``, or the exchange fails; then nothing is written. ValueError for an unknown symbol or timeframe.
     """
     fetched = fetch_candle_days(settings, lake, symbol, timeframe, day, day + DAY, now=now, market=market)
@@ -186,14 +187,16 @@ def fetch_candle_days(
     start: date,
     end: date,
     *,
+    replace: bool = False,
     now: Clock = utc_now,
     progress: Meter | None = None,
     market: MarketData | None = None,
 ) -> Summary:
-    """As ``fetch_candles`` for each UTC day of ``[start, end)``, in few requests; ``partitions`` has one summary a day."""
+    """As ``fetch_candles`` for each UTC day of ``[start, end)``, in few requests; ``partitions`` has one summary a day. ``replace``: what
+    is served now is stored, even if it is less than before."""
     entry = settings.symbol(symbol)
     series = _candles(settings, market or MarketData(settings, now=now), entry, timeframe)
-    partitions = _fetch(lake, [_Work(series, _days(series, start, end, now))], progress)
+    partitions = _fetch(lake, [_Work(series, _days(series, start, end, now))], progress, replace)
     return {
         "symbol": symbol,
         "timeframe": timeframe,
@@ -204,7 +207,8 @@ def fetch_candle_days(
 
 
 def fetch_coingecko(settings: Settings, lake: Lake, symbol: str, day: date, *, now: Clock = utc_now) -> Summary:
-    """Fetches a coin's hourly points of one UTC day and its daily history up to that day; writes both partitions, replacing them.
+    """Fetches a coin's hourly points of one UTC day and its daily history up to that day; writes both partitions. One that is
+    there already is kept where CoinGecko now serves less.
 
     The history begins with the coin's listing, or where the plan does not reach that far, ``training.days`` and the catalog's
     warm-up before the day. Returns ``coin, hourly, daily``, each with ``key, rows, expected, missing, gaps``. MarketDataError when
@@ -221,14 +225,16 @@ def fetch_coingecko_days(
     start: date,
     end: date,
     *,
+    replace: bool = False,
     now: Clock = utc_now,
     progress: Meter | None = None,
     market: MarketData | None = None,
 ) -> Summary:
-    """As ``fetch_coingecko`` for each UTC day of ``[start, end)``, in few requests; a summary a day in ``hourly``, ``daily``."""
+    """As ``fetch_coingecko`` for each UTC day of ``[start, end)``, in few requests; a summary a day in ``hourly``, ``daily``.
+    ``replace`` as in ``fetch_candle_days``."""
     entry = settings.symbol(symbol)
     both = _points(settings, market or MarketData(settings, now=now), entry)
-    stored = _fetch(lake, [_Work(series, _days(series, start, end, now)) for series in both], progress)
+    stored = _fetch(lake, [_Work(series, _days(series, start, end, now)) for series in both], progress, replace)
     by_series = {name: [p.summary() for p in stored if p.series.timeframe == name] for name in ("hourly", "daily")}
     return {"coin": entry.coin, **by_series}
 
@@ -380,14 +386,8 @@ def heal(
     """
     began = time.monotonic()
     work = _to_heal(settings, market or MarketData(settings, now=now), lake, symbols, start, end, every, now)
-    days = [stored.healed() for stored in _stream(lake, work, _started(progress, "heal", work), again=True)]
+    days = [stored.healed() for stored in _stream(lake, work, _started(progress, "heal", work))]
     outcomes = Counter(d["outcome"] for d in days)
-    for day in days:
-        if day["outcome"] == "kept":
-            log.warning(
-                "%s %s %s: kept as it is stored: the answer lacks %d of its candles",
-                *(day["symbol"], day["timeframe"], day["day"], day["lost"]),
-            )
     added, changed, missing = (sum(d[name] for d in days) for name in ("added", "changed", "missing"))
     looked_at = sum(w.present + len(w.days) for w in work)
     log.info(
@@ -614,17 +614,14 @@ def _started(progress: Meter | None, what: str, work: Sequence[_Work]) -> Meter:
     return meter
 
 
-def _fetch(lake: Lake, work: Sequence[_Work], progress: Meter | None) -> list[_Stored]:
-    """Fetches ``work``, replacing what is there."""
-    return list(_stream(lake, work, _started(progress, work[0].series.symbol, work), again=False))
+def _fetch(lake: Lake, work: Sequence[_Work], progress: Meter | None, replace: bool) -> list[_Stored]:
+    return list(_stream(lake, work, _started(progress, work[0].series.symbol, work), replace=replace))
 
 
 def _run(lake: Lake, symbol: str, work: Sequence[_Work], progress: Meter | None) -> _Totals:
     totals = _Totals()
-    for stored in _stream(lake, work, _started(progress, symbol, work), again=True):
+    for stored in _stream(lake, work, _started(progress, symbol, work)):
         totals.add(stored)
-        if stored.outcome == "kept":
-            log.warning("%s %s: kept as it is stored: the answer lacks %d of its rows", stored.series.what, stored.day, stored.lost)
     return totals
 
 
@@ -638,8 +635,9 @@ class _Chunk:
     writes: list[Future[_Stored]] = field(default_factory=list)
 
 
-def _stream(lake: Lake, work: Sequence[_Work], meter: Meter, *, again: bool) -> Iterator[_Stored]:
-    """Fetches ``work``, and writes one piece of it while the next one is fetched. ``again``: what is stored is not lost by it."""
+def _stream(lake: Lake, work: Sequence[_Work], meter: Meter, *, replace: bool = False) -> Iterator[_Stored]:
+    """Fetches ``work``, and writes one piece of it while the next one is fetched. What is stored is not lost by it, unless it is
+    to ``replace`` that."""
     # nothing is written before each source has answered once: a wrong key or an unknown product leaves nothing behind
     silent = {w.series.source for w in work if w.days}
     held: list[_Chunk] = []
@@ -663,7 +661,9 @@ def _stream(lake: Lake, work: Sequence[_Work], meter: Meter, *, again: bool) -> 
                     continue
                 yield from _written(writing, meter)
                 for chunk in held:
-                    chunk.writes = [pool.submit(_store, lake, chunk.series, chunk.frame, day, keep=again) for day in chunk.days]
+                    chunk.writes = [
+                        pool.submit(_store, lake, chunk.series, chunk.frame, day, keep=not replace) for day in chunk.days
+                    ]
                 held, writing = [], held
         yield from _written(writing, meter)
 
@@ -673,8 +673,13 @@ def _written(chunks: Sequence[_Chunk], meter: Meter) -> Iterator[_Stored]:
     for chunk in chunks:
         done: list[_Stored] = []
         for write in chunk.writes:
-            done.append(write.result())
-            meter.advance(1, 0, f"{chunk.series.what} {done[-1].day}")
+            done.append(stored := write.result())
+            if stored.outcome == "kept":
+                log.warning(
+                    "%s %s: kept as it is stored: the answer lacks %d of its rows",
+                    *(chunk.series.what, stored.day, stored.lost),
+                )
+            meter.advance(1, 0, f"{chunk.series.what} {stored.day}")
         _report(chunk, done)
         yield from done
 
@@ -687,7 +692,7 @@ def _store(lake: Lake, series: _Series, frame: pl.DataFrame, day: date, *, keep:
     old = _stored(lake, series.key(day)) if keep else None
     outcome: Outcome = "fetched"
     added = changed = lost = 0
-    if old is not None and old.schema == part.schema:
+    if old is not None and _sound(series, old, begin, end):
         added, changed, lost = _difference(old, part)
         outcome = "kept" if lost else "filled" if added else "changed" if changed else "unchanged"
     if outcome == "kept" and old is not None:
@@ -704,6 +709,19 @@ def _stored(lake: Lake, key: str) -> pl.DataFrame | None:
         return lake.read_frame(key)
     except (KeyMissingError, UnreadableError):
         return None
+
+
+def _sound(series: _Series, frame: pl.DataFrame, begin: datetime, end: datetime) -> bool:
+    """Whether a stored partition can be true: what cannot be is not worth keeping."""
+    try:
+        if series.source == "Coinbase":
+            check_candles(frame, series.timeframe, begin, end, series.what)
+        else:
+            check_points(frame, series.timeframe, series.what)
+    except QualityError:
+        return False
+    # a history that began earlier, under a longer plan, is worth more
+    return frame.filter((pl.col("timestamp") >= end) | (pl.col("timestamp") < (EPOCH if series.grows else begin))).is_empty()
 
 
 def _difference(old: pl.DataFrame, new: pl.DataFrame) -> tuple[int, int, int]:

@@ -74,6 +74,31 @@ class TestFetchCandles:
         got = ingest.fetch_candles(settings, lake, "BTC-USD", "1m", DAY, now=lambda: MIDNIGHT + ONE + 5 * MINUTE)
         assert got["rows"] == 1440
 
+    def test_a_day_run_again_loses_nothing_unless_it_is_to_replace_what_is_there(
+        self, settings: Settings, lake: Lake, wire: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        ingest.fetch_candles(settings, lake, "BTC-USD", "1m", DAY)
+        before = contents(lake)
+        without(wire, "1m", MIDNIGHT, MIDNIGHT + HOUR)
+        assert ingest.fetch_candles(settings, lake, "BTC-USD", "1m", DAY)["missing"] == 0
+        assert contents(lake) == before
+        assert "BTC-USD 1m 2025-05-07: kept as it is stored: the answer lacks 60 of its rows" in caplog.text
+        assert ingest.fetch_candle_days(settings, lake, "BTC-USD", "1m", DAY, DAY + ONE, replace=True)["missing"] == 60
+        assert lake.read_frame(keys.candles("1m", "BTC-USD", DAY)).height == 1380
+
+    @pytest.mark.parametrize("wrong", ["another day", "impossible"])
+    def test_what_is_stored_and_cannot_be_true_is_not_kept(
+        self, settings: Settings, lake: Lake, wire: Any, timeframes: dict[str, pl.DataFrame], wrong: str
+    ) -> None:
+        key, served = keys.candles("1h", "BTC-USD", DAY), timeframes["1h"].filter(pl.col("timestamp").dt.date() == DAY)
+        if wrong == "another day":
+            lake.write_frame(key, timeframes["1h"].filter(pl.col("timestamp").dt.date() == DAY - ONE))
+        else:
+            lake.write_frame(key, served.with_columns(high=pl.lit(1.0)))
+            wire.candles["BTC-USD", "1h"] = timeframes["1h"].filter(pl.col("timestamp") != MIDNIGHT)
+        ingest.fetch_candles(settings, lake, "BTC-USD", "1h", DAY)
+        assert_frame_equal(lake.read_frame(key), served.tail(24 if wrong == "another day" else 23), check_exact=True)
+
     def test_a_failed_fetch_writes_nothing(self, settings: Settings, lake: Lake, wire: Any) -> None:
         wire.says(401, "Unauthorized")
         with pytest.raises(MarketDataError, match="401: Unauthorized"):
@@ -489,7 +514,7 @@ class TestHeal:
         assert {d["outcome"] for d in got["days"]} == {"kept"}
         assert (got["days"][0]["lost"], got["days"][0]["missing"]) == (1, 60)
         assert contents(lake) == before
-        assert "BTC-USD 1m 2025-05-07: kept as it is stored: the answer lacks 1 of its candles" in caplog.text
+        assert "BTC-USD 1m 2025-05-07: kept as it is stored: the answer lacks 1 of its rows" in caplog.text
 
     def test_values_that_differ_from_the_stored_ones_are_counted(
         self, settings: Settings, lake: Lake, wire: Any, market: MarketData, whole: dict[str, pl.DataFrame]
