@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from itertools import pairwise
 from math import ceil as ceil_number
@@ -167,7 +168,11 @@ def _side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> Iter
         threading.Thread(target=worker, daemon=True).start()
     try:
         for _ in items:
-            index, result = done.get()
+            while True:
+                # with a time limit: one without may keep Ctrl-C waiting for as long as the server is silent
+                with suppress(queue.Empty):
+                    index, result = done.get(timeout=0.5)
+                    break
             if isinstance(result, BaseException):
                 raise result
             yield index, result
