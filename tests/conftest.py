@@ -75,6 +75,12 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def limits_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Rate limits are shared through files: a pause of another run of the tests, or of this machine's own fetches, is not ours."""
+    os.environ["CRPBOT_RATE_LIMIT_DIR"] = str(tmp_path_factory.mktemp("rate-limits"))
+
+
 @pytest.fixture(autouse=True)
 def fresh_settings() -> Iterator[None]:
     """Settings are read once a process; each test reads its own."""
