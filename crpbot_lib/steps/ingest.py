@@ -1,10 +1,6 @@
-"""Fetching market data into the lake, by day or years at once.
+"""The steps that fetch: a day, years at once, what features need, what is incomplete.
 
-Every partition is written whole and holds what was served, nothing filled. A partition without rows says "fetched, and there was
-nothing", which is not the same as a missing one. The wall clock is asked for one thing only: whether a day is over.
-
-However many days a call spans, what it holds at once is ``ROWS_AT_ONCE`` rows being fetched and as many being written; whenever
-it is killed, each partition is there whole or not at all, and the next call goes on where it stopped.
+The wall clock is asked for one thing only: whether a day is over. How it is fetched and stored: ``partitions``.
 """
 
 from __future__ import annotations
@@ -12,152 +8,38 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta
-from functools import partial
-from math import ceil
-from typing import Any, Literal
 
 import polars as pl
 
-from crpbot_lib.config import TIMEFRAMES, Settings, Symbol
+from crpbot_lib.config import TIMEFRAMES, Settings
 from crpbot_lib.features import catalog
-from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
-from crpbot_lib.market_data import Clock, MarketData, MarketDataError, QualityError, utc_now
-from crpbot_lib.market_data.frames import EPOCH, SERIES_WIDTH, width
+from crpbot_lib.lake import Lake, keys
+from crpbot_lib.market_data import Clock, MarketData, utc_now
 from crpbot_lib.market_data.plans import PLANS
 from crpbot_lib.market_data.progress import LogMeter, Meter
-from crpbot_lib.market_data.quality import check_candles, check_points
 from crpbot_lib.market_data.quality import coverage as cover
-from crpbot_lib.steps.days import DAY, closed_days, first_daily_day, midnight
+from crpbot_lib.steps.days import DAY, closed_days, midnight
+from crpbot_lib.steps.partitions import (
+    IN_PARALLEL,
+    Refetch,
+    Series,
+    Stored,
+    Summary,
+    Totals,
+    Work,
+    all_series,
+    candles,
+    days_of_series,
+    points,
+    stored_frame,
+    stream,
+    survey,
+)
 
 log = logging.getLogger(__name__)
-
-ROWS_AT_ONCE = 36_000
-"""Rows fetched before they are written, in whole days: 25 days of 1m candles, and whole pages of 300 at every timeframe."""
-
-IN_PARALLEL = 8
-"""Partitions read or written at once; each waits for the lake, not for the processor."""
-
-HOURLY_DAYS_A_REQUEST = 85
-"""For estimates: hourly points come in ranges of less than 90 days."""
-
-Summary = dict[str, Any]
-Refetch = Literal["absent", "incomplete", "all"]
-REFETCH: tuple[Refetch, ...] = ("absent", "incomplete", "all")
-Outcome = Literal["fetched", "filled", "unchanged", "changed", "kept"]
-
-
-@dataclass(frozen=True)
-class _Series:
-    """Partitions of one kind: candles of one symbol and timeframe, or points of one coin and series."""
-
-    of: str
-    """Product or coin, as its source calls it."""
-    what: str
-    symbol: str
-    timeframe: str
-    source: Literal["Coinbase", "CoinGecko"]
-    step: timedelta
-    first: date | None
-    """The source has nothing before this day."""
-    key: Callable[[date], str]
-    begins: Callable[[date], date]
-    """The first day of which a day's partition has rows; all end with their own day."""
-    fetch: Callable[[datetime, datetime], pl.DataFrame]
-    days_a_request: float
-
-    @property
-    def grows(self) -> bool:
-        """Whether each partition holds those before it, so that one fetch makes them all."""
-        return self.timeframe == "daily"
-
-    def chunks(self, days: Sequence[date]) -> Iterator[list[date]]:
-        """``days`` in pieces of at most ``ROWS_AT_ONCE`` rows, each of neighbouring days."""
-        if self.grows:
-            yield from [list(days)] if days else []
-            return
-        most = max(1, int(ROWS_AT_ONCE * self.step / DAY))
-        chunk: list[date] = []
-        for day in days:
-            if chunk and (day != chunk[-1] + DAY or len(chunk) == most):
-                yield chunk
-                chunk = []
-            chunk.append(day)
-        if chunk:
-            yield chunk
-
-    def requests(self, days: Sequence[date]) -> int:
-        """About how many requests ``days`` take."""
-        return sum(max(1, ceil(len(chunk) / self.days_a_request)) for chunk in self.chunks(days))
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """What became of one partition."""
-
-    series: _Series
-    day: date
-    rows: int
-    expected: int
-    gaps: int
-    outcome: Outcome
-    added: int = 0
-    """Rows that were not stored before; ``changed``: stored ones with another value now; ``lost``: stored ones that the new
-    answer lacks, or has as unknown."""
-    changed: int = 0
-    lost: int = 0
-
-    @property
-    def missing(self) -> int:
-        return self.expected - self.rows
-
-    def summary(self) -> Summary:
-        counts = {"rows": self.rows, "expected": self.expected, "missing": self.missing, "gaps": self.gaps}
-        return {"key": self.series.key(self.day), **counts}
-
-    def healed(self) -> Summary:
-        where = {"symbol": self.series.symbol, "timeframe": self.series.timeframe, "day": self.day.isoformat()}
-        counts = {"rows": self.rows, "missing": self.missing, "added": self.added, "changed": self.changed, "lost": self.lost}
-        return {**where, "outcome": self.outcome, **counts}
-
-
-@dataclass
-class _Work:
-    """The days to fetch of one series, and what was found of the others."""
-
-    series: _Series
-    days: list[date]
-    present: int = 0
-    missing_present: int = 0
-
-    @property
-    def requests(self) -> int:
-        return self.series.requests(self.days)
-
-
-@dataclass
-class _Totals:
-    """Sums over many partitions."""
-
-    fetched: int = 0
-    rows: int = 0
-    missing: int = 0
-    outcomes: Counter[str] = field(default_factory=Counter)
-    _history: tuple[int, int] = (0, 0)
-
-    def add(self, stored: _Stored) -> None:
-        counted = (stored.rows, stored.missing)
-        # of a history that grows only the longest counts: the others are parts of it
-        before = self._history if stored.series.grows else (0, 0)
-        self.fetched += 1
-        self.rows += counted[0] - before[0]
-        self.missing += counted[1] - before[1]
-        self.outcomes[stored.outcome] += 1
-        if stored.series.grows:
-            self._history = counted
 
 
 def fetch_candles(
@@ -170,10 +52,11 @@ def fetch_candles(
     now: Clock = utc_now,
     market: MarketData | None = None,
 ) -> Summary:
-    """Fetches one UTC day of candles and writes its partition. One that is there already is kept where the exchange now serves less.
+    """Fetches one UTC day of candles and writes its partition. One that is stored already is kept where less is served now.
 
-    Returns ``key, rows, expected, missing, gaps`` of what is stored then. MarketDataError when the day is not over yet (it is, 5 minutes after its end) or
-    lies before ``exchange_listed``, or the exchange fails; then nothing is written. ValueError for an unknown symbol or timeframe.
+    Returns ``key, rows, expected, missing, gaps`` of what is stored then. MarketDataError when the day is not over yet (it is, 5
+    minutes after its end) or lies before ``exchange_listed``, or the exchange fails; then nothing is written. ValueError for an
+    unknown symbol or timeframe.
     """
     fetched = fetch_candle_days(settings, lake, symbol, timeframe, day, day + DAY, now=now, market=market)
     return fetched["partitions"][0]  # type: ignore[no-any-return]
@@ -192,11 +75,11 @@ def fetch_candle_days(
     progress: Meter | None = None,
     market: MarketData | None = None,
 ) -> Summary:
-    """As ``fetch_candles`` for each UTC day of ``[start, end)``, in few requests; ``partitions`` has one summary a day. ``replace``: what
-    is served now is stored, even if it is less than before."""
+    """As ``fetch_candles`` for each UTC day of ``[start, end)``, in few requests; ``partitions`` has one summary a day. With
+    ``replace`` what is served now is stored, even if it is less than before."""
     entry = settings.symbol(symbol)
-    series = _candles(settings, market or MarketData(settings, now=now), entry, timeframe)
-    partitions = _fetch(lake, [_Work(series, _days(series, start, end, now))], progress, replace)
+    series = candles(settings, market or MarketData(settings, now=now), entry, timeframe)
+    partitions = _fetch(lake, [Work(series, days_of_series(series, start, end, now))], progress, replace)
     return {
         "symbol": symbol,
         "timeframe": timeframe,
@@ -233,8 +116,8 @@ def fetch_coingecko_days(
     """As ``fetch_coingecko`` for each UTC day of ``[start, end)``, in few requests; a summary a day in ``hourly``, ``daily``.
     ``replace`` as in ``fetch_candle_days``."""
     entry = settings.symbol(symbol)
-    both = _points(settings, market or MarketData(settings, now=now), entry)
-    stored = _fetch(lake, [_Work(series, _days(series, start, end, now)) for series in both], progress, replace)
+    both = points(settings, market or MarketData(settings, now=now), entry)
+    stored = _fetch(lake, [Work(series, days_of_series(series, start, end, now)) for series in both], progress, replace)
     by_series = {name: [p.summary() for p in stored if p.series.timeframe == name] for name in ("hourly", "daily")}
     return {"coin": entry.coin, **by_series}
 
@@ -264,8 +147,8 @@ def load(
     a source answers to the first request, such as a wrong key.
     """
     began = time.monotonic()
-    series = _all(settings, market or MarketData(settings, now=now), settings.symbol(symbol), timeframes, coingecko)
-    work = _survey(lake, [(one, _days(one, start, end, now)) for one in series], refetch)
+    series = all_series(settings, market or MarketData(settings, now=now), settings.symbol(symbol), timeframes, coingecko)
+    work = survey(lake, [(one, days_of_series(one, start, end, now)) for one in series], refetch)
     totals = _run(lake, symbol, work, progress)
     summary = {
         "symbol": symbol,
@@ -305,11 +188,11 @@ def plan_load(
     work = [
         one
         for symbol in symbols
-        for one in _survey(
+        for one in survey(
             lake,
             [
-                (series, _days(series, start, end, now))
-                for series in _all(settings, market, settings.symbol(symbol), timeframes, coingecko)
+                (series, days_of_series(series, start, end, now))
+                for series in all_series(settings, market, settings.symbol(symbol), timeframes, coingecko)
             ],
             refetch,
         )
@@ -342,8 +225,8 @@ def ensure_coverage(
         "daily": end - DAY,
         **dict.fromkeys(TIMEFRAMES, start - catalog.CANDLE_LEAD_DAYS * DAY),
     }
-    series = _all(settings, market or MarketData(settings, now=now), entry, TIMEFRAMES, coingecko=True)
-    work = _survey(lake, [(one, _days(one, first[one.timeframe], end, now)) for one in series], "absent", count=True)
+    series = all_series(settings, market or MarketData(settings, now=now), entry, TIMEFRAMES, coingecko=True)
+    work = survey(lake, [(one, days_of_series(one, first[one.timeframe], end, now)) for one in series], "absent", count=True)
     totals = _run(lake, symbol, work, progress)
     missing_present = sum(w.missing_present for w in work)
     summary = {
@@ -386,7 +269,7 @@ def heal(
     """
     began = time.monotonic()
     work = _to_heal(settings, market or MarketData(settings, now=now), lake, symbols, start, end, every, now)
-    days = [stored.healed() for stored in _stream(lake, work, _started(progress, "heal", work))]
+    days = [stored.healed() for stored in stream(lake, work, _started(progress, "heal", work))]
     outcomes = Counter(d["outcome"] for d in days)
     added, changed, missing = (sum(d[name] for d in days) for name in ("added", "changed", "missing"))
     looked_at = sum(w.present + len(w.days) for w in work)
@@ -415,111 +298,6 @@ def plan_heal(
     return _estimate(settings, _to_heal(settings, market, lake, symbols, start, end, every, now))
 
 
-def _candles(settings: Settings, market: MarketData, entry: Symbol, timeframe: str) -> _Series:
-    step = width(timeframe)
-    return _Series(
-        of=entry.name,
-        what=f"{entry.name} {timeframe}",
-        symbol=entry.name,
-        timeframe=timeframe,
-        source="Coinbase",
-        step=step,
-        first=entry.exchange_listed,
-        key=partial(keys.candles, timeframe, entry.name),
-        begins=lambda day: day,
-        fetch=partial(market.candles, entry.name, timeframe),
-        days_a_request=settings.coinbase_page_size * step / DAY,
-    )
-
-
-def _points(settings: Settings, market: MarketData, entry: Symbol) -> list[_Series]:
-    """The coin's daily history and its hourly points."""
-    plan = market.coingecko.plan
-    if plan.history is not None and not entry.all_time_highs:
-        log.warning(
-            "CoinGecko's %s plan reaches back %d days, not to the listing of %s on %s: its features cannot be built without dated "
-            "records in `all_time_highs` of %s",
-            *(plan.name, plan.history.days, entry.coin, entry.coin_listed, entry.name),
-        )
-    common = {"of": entry.coin, "symbol": entry.name, "source": "CoinGecko", "first": entry.coin_listed}
-    return [
-        _Series(
-            what=f"{entry.coin} daily history",
-            timeframe="daily",
-            step=SERIES_WIDTH["daily"],
-            key=partial(keys.coingecko, "daily", entry.coin),
-            begins=lambda day: first_daily_day(settings, entry, day),
-            fetch=partial(market.daily, entry.coin),
-            days_a_request=float("inf"),
-            **common,  # type: ignore[arg-type]
-        ),
-        _Series(
-            what=f"{entry.coin} hourly",
-            timeframe="hourly",
-            step=SERIES_WIDTH["hourly"],
-            key=partial(keys.coingecko, "hourly", entry.coin),
-            begins=lambda day: day,
-            fetch=partial(market.hourly, entry.coin),
-            days_a_request=HOURLY_DAYS_A_REQUEST,
-            **common,  # type: ignore[arg-type]
-        ),
-    ]
-
-
-def _all(settings: Settings, market: MarketData, entry: Symbol, timeframes: Sequence[str], coingecko: bool) -> list[_Series]:
-    points = _points(settings, market, entry) if coingecko else []
-    return points + [_candles(settings, market, entry, timeframe) for timeframe in timeframes]
-
-
-def _days(series: _Series, start: date, end: date, now: Clock) -> list[date]:
-    """The days of ``[start, end)``, once they are over; MarketDataError where the source has nothing so early."""
-    days = closed_days(start, end, now)
-    if series.first and start < series.first:
-        name, setting = (
-            (series.symbol, "exchange_listed") if series.source == "Coinbase" else (series.what.split()[0], "coin_listed")
-        )
-        raise MarketDataError(
-            f"{start} lies before the listing of {name} on {series.first}: begin there, or correct {setting} in `symbols`",
-            permanent=True,
-        )
-    return days
-
-
-def _survey(lake: Lake, spans: Sequence[tuple[_Series, list[date]]], refetch: Refetch, *, count: bool = False) -> list[_Work]:
-    """Which of the days are to be fetched. ``count``: the rows that present partitions lack are counted."""
-    if refetch not in REFETCH:
-        raise ValueError(f"refetch={refetch!r}: expected one of {', '.join(REFETCH)}")
-    work = []
-    for series, days in spans:
-        if refetch == "all":
-            work.append(_Work(series, days))
-            continue
-        stored = set(lake.keys(keys.partitions(series.key(days[0]))))
-        there = [day for day in days if series.key(day) in stored]
-        lacking = set(days) - set(there)
-        missing = 0
-        if count or refetch == "incomplete":
-            for day, lacks in zip(there, _lacks(lake, series, there), strict=True):
-                if refetch == "incomplete" and lacks:
-                    lacking.add(day)
-                else:
-                    missing += lacks
-        work.append(_Work(series, sorted(lacking), len(days) - len(lacking), missing))
-    return work
-
-
-def _lacks(lake: Lake, series: _Series, days: Sequence[date]) -> Iterator[int]:
-    """How many rows each day's partition lacks; all of them where it cannot be read."""
-
-    def lacks(day: date) -> int:
-        begin, end = midnight(series.begins(day)), midnight(day + DAY)
-        frame = _stored(lake, series.key(day))
-        return (end - begin) // series.step if frame is None else cover(frame, series.step, begin, end).missing
-
-    with ThreadPoolExecutor(IN_PARALLEL) as pool:
-        yield from pool.map(lacks, days)
-
-
 def _to_heal(
     settings: Settings,
     market: MarketData,
@@ -529,22 +307,22 @@ def _to_heal(
     end: date,
     every: bool,
     now: Clock,
-) -> list[_Work]:
+) -> list[Work]:
     """The incomplete days of each symbol and timeframe."""
     spans = [
-        (series, _days(series, start, end, now))
+        (series, days_of_series(series, start, end, now))
         for symbol in symbols
-        for series in _all(settings, market, settings.symbol(symbol), TIMEFRAMES, coingecko=False)
+        for series in all_series(settings, market, settings.symbol(symbol), TIMEFRAMES, coingecko=False)
     ]
     if every:
-        return _survey(lake, spans, "incomplete")
+        return survey(lake, spans, "incomplete")
     silent = _silent(lake, start, end)
     work = []
     for series, days in spans:
         stored = set(lake.keys(keys.partitions(series.key(days[0]))))
 
-        def incomplete(day: date, series: _Series = series, stored: set[str] = stored) -> bool:
-            frame = _stored(lake, series.key(day)) if series.key(day) in stored else None
+        def incomplete(day: date, series: Series = series, stored: set[str] = stored) -> bool:
+            frame = stored_frame(lake, series.key(day)) if series.key(day) in stored else None
             if frame is None:
                 return True
             gaps = cover(frame, series.step, midnight(day), midnight(day + DAY)).gaps
@@ -553,7 +331,7 @@ def _to_heal(
 
         with ThreadPoolExecutor(IN_PARALLEL) as pool:
             lacking = [day for day, wanted in zip(days, pool.map(incomplete, days), strict=True) if wanted]
-        work.append(_Work(series, lacking, len(days) - len(lacking)))
+        work.append(Work(series, lacking, len(days) - len(lacking)))
     return work
 
 
@@ -590,7 +368,7 @@ def _within(start: datetime, end: datetime, spans: Spans) -> bool:
     return False
 
 
-def _estimate(settings: Settings, work: Sequence[_Work]) -> Summary:
+def _estimate(settings: Settings, work: Sequence[Work]) -> Summary:
     rates = {
         "Coinbase": settings.coinbase_requests_per_second,
         "CoinGecko": settings.coingecko_requests_per_second or PLANS[settings.coingecko_plan].requests_per_second,
@@ -608,144 +386,21 @@ def _estimate(settings: Settings, work: Sequence[_Work]) -> Summary:
     }
 
 
-def _started(progress: Meter | None, what: str, work: Sequence[_Work]) -> Meter:
+def _started(progress: Meter | None, what: str, work: Sequence[Work]) -> Meter:
     meter = progress or LogMeter(log)
     meter.start(what, sum(len(w.days) for w in work), sum(w.requests for w in work))
     return meter
 
 
-def _fetch(lake: Lake, work: Sequence[_Work], progress: Meter | None, replace: bool) -> list[_Stored]:
-    return list(_stream(lake, work, _started(progress, work[0].series.symbol, work), replace=replace))
+def _fetch(lake: Lake, work: Sequence[Work], progress: Meter | None, replace: bool) -> list[Stored]:
+    return list(stream(lake, work, _started(progress, work[0].series.symbol, work), replace=replace))
 
 
-def _run(lake: Lake, symbol: str, work: Sequence[_Work], progress: Meter | None) -> _Totals:
-    totals = _Totals()
-    for stored in _stream(lake, work, _started(progress, symbol, work)):
+def _run(lake: Lake, symbol: str, work: Sequence[Work], progress: Meter | None) -> Totals:
+    totals = Totals()
+    for stored in stream(lake, work, _started(progress, symbol, work)):
         totals.add(stored)
     return totals
-
-
-@dataclass
-class _Chunk:
-    series: _Series
-    days: list[date]
-    frame: pl.DataFrame
-    seconds: float
-    """That the fetch took."""
-    writes: list[Future[_Stored]] = field(default_factory=list)
-
-
-def _stream(lake: Lake, work: Sequence[_Work], meter: Meter, *, replace: bool = False) -> Iterator[_Stored]:
-    """Fetches ``work``, and writes one piece of it while the next one is fetched. What is stored is not lost by it, unless it is
-    to ``replace`` that."""
-    # nothing is written before each source has answered once: a wrong key or an unknown product leaves nothing behind
-    silent = {w.series.source for w in work if w.days}
-    held: list[_Chunk] = []
-    writing: list[_Chunk] = []
-    with ThreadPoolExecutor(IN_PARALLEL) as pool:
-        for one in work:
-            series = one.series
-            for days in series.chunks(one.days):
-                began = time.monotonic()
-                frame = series.fetch(midnight(series.begins(days[0])), midnight(days[-1] + DAY))
-                if series.grows and frame.is_empty():
-                    raise MarketDataError(
-                        f"CoinGecko has no {series.what} from {series.begins(days[0])} to {days[-1]}: check the coin's id and "
-                        "coin_listed in `symbols`, and the plan of CRPBOT_COINGECKO_API_KEY",
-                        permanent=True,
-                    )
-                silent.discard(series.source)
-                held.append(_Chunk(series, days, frame, time.monotonic() - began))
-                meter.advance(0, series.requests(days), f"{series.what} {days[-1]}")
-                if silent:
-                    continue
-                yield from _written(writing, meter)
-                for chunk in held:
-                    chunk.writes = [
-                        pool.submit(_store, lake, chunk.series, chunk.frame, day, keep=not replace) for day in chunk.days
-                    ]
-                held, writing = [], held
-        yield from _written(writing, meter)
-
-
-def _written(chunks: Sequence[_Chunk], meter: Meter) -> Iterator[_Stored]:
-    """What became of the chunks' partitions, once they are written."""
-    for chunk in chunks:
-        done: list[_Stored] = []
-        for write in chunk.writes:
-            done.append(stored := write.result())
-            if stored.outcome == "kept":
-                log.warning(
-                    "%s %s: kept as it is stored: the answer lacks %d of its rows",
-                    *(chunk.series.what, stored.day, stored.lost),
-                )
-            meter.advance(1, 0, f"{chunk.series.what} {stored.day}")
-        _report(chunk, done)
-        yield from done
-
-
-def _store(lake: Lake, series: _Series, frame: pl.DataFrame, day: date, *, keep: bool) -> _Stored:
-    """Writes the day's part of ``frame``; ``keep``: unless that would lose rows, or is what is stored already."""
-    begin, end = midnight(series.begins(day)), midnight(day + DAY)
-    # rechunk: a day cut out of a longer fetch must give the same bytes as the day fetched alone
-    part = frame.filter(pl.col("timestamp").is_between(begin, end, closed="left")).rechunk()
-    old = _stored(lake, series.key(day)) if keep else None
-    outcome: Outcome = "fetched"
-    added = changed = lost = 0
-    if old is not None and _sound(series, old, begin, end):
-        added, changed, lost = _difference(old, part)
-        outcome = "kept" if lost else "filled" if added else "changed" if changed else "unchanged"
-    if outcome == "kept" and old is not None:
-        part = old
-    elif outcome != "unchanged":
-        lake.write_frame(series.key(day), part)
-    found = cover(part, series.step, begin, end)
-    return _Stored(series, day, found.rows, found.expected, len(found.gaps), outcome, added, changed, lost)
-
-
-def _stored(lake: Lake, key: str) -> pl.DataFrame | None:
-    """The partition; None where there is none, or none that can be read."""
-    try:
-        return lake.read_frame(key)
-    except (KeyMissingError, UnreadableError):
-        return None
-
-
-def _sound(series: _Series, frame: pl.DataFrame, begin: datetime, end: datetime) -> bool:
-    """Whether a stored partition can be true: what cannot be is not worth keeping."""
-    try:
-        if series.source == "Coinbase":
-            check_candles(frame, series.timeframe, begin, end, series.what)
-        else:
-            check_points(frame, series.timeframe, series.what)
-    except QualityError:
-        return False
-    # a history that began earlier, under a longer plan, is worth more
-    return frame.filter((pl.col("timestamp") >= end) | (pl.col("timestamp") < (EPOCH if series.grows else begin))).is_empty()
-
-
-def _difference(old: pl.DataFrame, new: pl.DataFrame) -> tuple[int, int, int]:
-    """Rows of ``new`` that ``old`` has not, rows with another value, rows of ``old`` that are absent or unknown in ``new``."""
-    both = old.join(new, on="timestamp", suffix="_new")
-    values = [c for c in old.columns if c != "timestamp"]
-    unknown = pl.any_horizontal(pl.col(c).is_not_null() & pl.col(f"{c}_new").is_null() for c in values)
-    other = pl.any_horizontal(pl.col(c).ne_missing(pl.col(f"{c}_new")) for c in values)
-    lost = old.height - both.height + both.filter(unknown).height
-    return new.height - both.height, both.filter(other).height, lost
-
-
-def _report(chunk: _Chunk, written: Sequence[_Stored]) -> None:
-    # of a history that grows the last partition says it all
-    counted = written[-1:] if chunk.series.grows else written
-    rows, missing, gaps = sum(p.rows for p in counted), sum(p.missing for p in counted), sum(p.gaps for p in counted)
-    empty = sum(p.rows == 0 for p in written)
-    first, last = chunk.days[0], chunk.days[-1]
-    days = f"{first}" if first == last else f"{first} to {last}"
-    line = f"{chunk.series.what} {days}: {rows} rows, {missing} absent in {gaps} gaps, {chunk.seconds:.1f} s"
-    if empty:
-        log.warning("%s; %d of %d days were served without a row", line, empty, len(written))
-    else:
-        log.info("%s", line)
 
 
 def _shown(outcomes: Counter[str]) -> str:

@@ -19,16 +19,12 @@ from crpbot_lib.market_data.gaps import MINUTE_COLUMNS, WIDER_COLUMNS, classify,
 from crpbot_lib.market_data.quality import Coverage, Finding, check_candles, check_points, compare, suspicious
 from crpbot_lib.market_data.quality import coverage as cover
 from crpbot_lib.steps.days import DAY, check_interval, days_of, first_daily_day, midnight
+from crpbot_lib.steps.partitions import IN_PARALLEL, Summary
 
 log = logging.getLogger(__name__)
 
-READERS = 8
-"""Partitions read at once; each waits for the network, not for the processor."""
-
 FINDINGS_KEPT = 100
 """Suspicious stretches of one frame that the day's record lists; all are counted."""
-
-Summary = dict[str, Any]
 
 
 def coverage(settings: Settings, lake: Lake, symbol: str, timeframe: str, start: date, end: date) -> Summary:
@@ -48,7 +44,7 @@ def coverage(settings: Settings, lake: Lake, symbol: str, timeframe: str, start:
             found, state = Coverage(expected=DAY // step, rows=0, gaps=()), "absent"
         return {"day": day.isoformat(), "state": state, **_counts(found)}
 
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(IN_PARALLEL) as pool:
         days = list(pool.map(of, days_of(start, end)))
     return {
         "symbol": symbol,
@@ -182,7 +178,7 @@ def _columns(
     def read(day: date) -> pl.DataFrame:
         return lake.read_frame(keys.candles(timeframe, symbol, day)).select(columns)
 
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(IN_PARALLEL) as pool:
         frames = list(pool.map(read, days))
     nothing = pl.DataFrame(schema={name: CANDLE_SCHEMA[name] for name in columns})
     return days, pl.concat([nothing, *frames])

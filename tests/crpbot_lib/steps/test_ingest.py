@@ -17,7 +17,7 @@ from crpbot_lib.config import TIMEFRAMES, Settings, Symbol, TrainingSettings
 from crpbot_lib.lake import Lake, keys
 from crpbot_lib.market_data import MarketData, MarketDataError
 from crpbot_lib.market_data.gaps import GAP_SCHEMA
-from crpbot_lib.steps import ingest, quality
+from crpbot_lib.steps import ingest, partitions, quality
 
 DAY = date(2025, 5, 7)
 LISTED = date(2025, 4, 10)
@@ -312,7 +312,7 @@ class TestLoad:
     def test_fetches_pieces_of_a_span_and_writes_one_while_it_fetches_the_next(
         self, settings: Settings, lake: Lake, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ingest, "ROWS_AT_ONCE", 1440)
+        monkeypatch.setattr(partitions, "ROWS_AT_ONCE", 1440)
         asked: list[tuple[str, int]] = []
         watched = Watched(settings, lambda what: asked.append((what, len(lake.keys("raw/")))))
         ingest.load(settings, lake, "BTC-USD", DAY - 2 * ONE, DAY + ONE, timeframes=["1m"], coingecko=False, market=watched)
