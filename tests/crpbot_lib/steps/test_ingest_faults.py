@@ -29,6 +29,8 @@ from crpbot_lib.sandbox.server import default_data_dir
 from crpbot_lib.sandbox.synthetic import SyntheticSource
 from crpbot_lib.steps import ingest
 
+pytestmark = pytest.mark.timeout(600)
+
 PATIENCE = 0.5
 """Seconds that the client waits for a byte here."""
 FAULTS = [
@@ -40,7 +42,7 @@ FAULTS = [
     {"error_body": True, "rate": 0.01},
     {"html": True, "rate": 0.01},
 ]
-KILLS = 12
+KILLS = 10
 KILLED_DAYS = 12
 
 VALUES = ("open", "high", "low", "close", "volume")
