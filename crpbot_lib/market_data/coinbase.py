@@ -110,11 +110,9 @@ class CoinbaseClient:
             f"/api/v3/brokerage/market/products/{quote(symbol, safe='')}/candles",
             # one second before the next page's first candle: right whether the API counts its end in or out
             {"start": begin, "end": stop - 1, "granularity": GRANULARITY[timeframe], "limit": self._page_size},
+            holds={"candles": list},
         )
-        items = body.get("candles")
-        if not isinstance(items, list):
-            where = f"Coinbase: {symbol} {timeframe} at {start:%Y-%m-%d %H:%M}"
-            raise MarketDataError(f"{where}: no list 'candles' in the answer, which has {sorted(body)}; check CRPBOT_COINBASE_URL")
+        items = body["candles"]
         rows: dict[int, Row] = {}
         for item in items:
             opens, row = _row(item, symbol, timeframe)
@@ -126,9 +124,11 @@ class CoinbaseClient:
                     f"Coinbase: {symbol} {timeframe} at {at:%Y-%m-%d %H:%M}: two candles in one answer: {rows[opens]} and {row}"
                 )
         if not rows and len(items) > 2:
-            served = f"{len(items)} candles, the newest of {str(items[0])[:100]}"
             asked = f"[{start:%Y-%m-%d %H:%M}, {end:%Y-%m-%d %H:%M})"
-            raise MarketDataError(f"Coinbase: {symbol} {timeframe} in {asked}: the answer is of another time: {served}")
+            raise MarketDataError(
+                f"Coinbase: {symbol} {timeframe} in {asked}: the answer is of another time: {len(items)} candles, the newest "
+                f"{items[0]!r:.100}; check CRPBOT_COINBASE_URL"
+            )
         return rows
 
 
@@ -192,7 +192,7 @@ def _row(item: Any, symbol: str, timeframe: str) -> tuple[int, Row]:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MarketDataError(
             f"Coinbase: {symbol} {timeframe}: a candle has no number for each of start, open, high, low, close, volume: "
-            f"{str(item)[:200]} ({error!r})"
+            f"{item!r:.200} ({error!r:.100}); check CRPBOT_COINBASE_URL"
         ) from error
 
 
@@ -209,6 +209,7 @@ def _seconds(moment: datetime) -> int:
 
 def _hint(status: int, _code: int | None) -> str:
     return {
+        200: "check CRPBOT_COINBASE_URL when this goes on",
         400: "the request itself is wrong: check symbol, timeframe and interval",
         401: "the public candles need no key: check CRPBOT_COINBASE_URL",
         403: "access is blocked, perhaps for this address or region",

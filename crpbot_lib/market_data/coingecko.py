@@ -107,6 +107,7 @@ class CoinGeckoClient:
                 "community_data": "false",
                 "developer_data": "false",
             },
+            {"market_data": dict},
         )
         try:
             market = body["market_data"]
@@ -148,11 +149,12 @@ class CoinGeckoClient:
                 "from": (since - EPOCH) // timedelta(seconds=1),
                 "to": (until - EPOCH) // timedelta(seconds=1),
             },
+            dict.fromkeys(COLUMNS, list),
         )
         step, now_since = SERIES_WIDTH[series], self._now() - NOW_POINT_AGE
         columns = [
             pl.DataFrame(
-                list(self._points(body.get(name), what, name, now_since, step).items()),
+                list(self._points(body[name], what, name, now_since, step).items()),
                 schema={"stamp": pl.Int64, column: pl.Float64},
                 orient="row",
             )
@@ -177,10 +179,8 @@ class CoinGeckoClient:
             .cast(dict(POINT_SCHEMA))  # type: ignore[arg-type]  # a dict of names to types is what cast takes
         )
 
-    def _points(self, items: Any, what: str, name: str, now_since: datetime, step: timedelta) -> dict[int, float | None]:
+    def _points(self, items: list[Any], what: str, name: str, now_since: datetime, step: timedelta) -> dict[int, float | None]:
         """One of the three arrays as stamp (ms) -> value, without its "now" point and without stamps that go backwards."""
-        if not isinstance(items, list):
-            raise MarketDataError(f"{what}: no list {name!r} in the answer")
         points: list[tuple[int, float | None]] = []
         for item in items:
             if (point := _point(item)) is None:
@@ -203,10 +203,10 @@ class CoinGeckoClient:
         # some minutes less, for a clock that differs from theirs
         return None if self.plan.history is None else ceil(self._now() - self.plan.history + timedelta(minutes=10), DAY)
 
-    def _get(self, path: str, params: dict[str, str | int]) -> dict[str, Any]:
+    def _get(self, path: str, params: dict[str, str | int], holds: dict[str, type]) -> dict[str, Any]:
         if self._refusal:
             raise MarketDataError(self._refusal, permanent=True)
-        return self._http.get(path, params)
+        return self._http.get(path, params, holds=holds)
 
 
 def _wrong_key(plan: Plan, key: str) -> str:
@@ -240,9 +240,9 @@ def _kept(
         if stamp > highest:
             kept[stamp] = value
             highest = stamp
-    backwards = sum(b[0] < a[0] for a, b in pairwise(points))
-    if backwards > 1:
-        log.warning("%s: %d stamps of %r go backwards and were dropped", what, backwards, name)
+    # one is usual; a single stamp from the future would take all that follow it with it, and nobody would know
+    if len(points) - len(kept) > 1:
+        log.warning("%s: %d stamps of %r do not rise and were dropped", what, len(points) - len(kept), name)
     # a range that ends in the past has no "now" point: its last point is one of the series, and stays
     if (
         points
@@ -264,6 +264,7 @@ def _hint(plan: Plan) -> Hint:
         10012: f"the plan behind {plan.name!r} does not reach that far back: set CRPBOT_COINGECKO_HISTORY_DAYS to what it does",
     }
     by_status = {
+        200: "check CRPBOT_COINGECKO_URL when this goes on",
         400: "the request itself is wrong: check coin and interval",
         401: f"check CRPBOT_COINGECKO_API_KEY and its plan (CRPBOT_COINGECKO_PLAN is {plan.name!r})",
         403: "access is blocked, perhaps for this address",

@@ -99,7 +99,7 @@ class HttpClient:
         self._session, self._process = self._connections(), os.getpid()
 
     def _connections(self) -> requests.Session:
-        session = requests.Session()
+        session = _Session()
         session.mount("http://", _Adapter(self._total))
         session.mount("https://", _Adapter(self._total))
         # threads share the session: cookies would be its only state, and nothing here needs them
@@ -113,16 +113,17 @@ class HttpClient:
         self._sleep(seconds)
         return seconds
 
-    def get(self, path: str, params: Mapping[str, str | int]) -> dict[str, Any]:
-        """The JSON object at ``path``.
+    def get(self, path: str, params: Mapping[str, str | int], *, holds: Mapping[str, type] | None = None) -> dict[str, Any]:
+        """The JSON object at ``path``, with the fields and their types that ``holds`` names.
 
-        Transient failures (no connection, a time limit, 408, 425, 429, 5xx, a body that is not JSON or is cut short, a 200 with an
-        error inside that is not the request's fault) are tried again with growing, jittered pauses. Retry-After pauses every
-        process that shares the limit. MarketDataError after the last try, or at once for what would fail again.
+        Transient failures (no connection, a time limit, 408, 425, 429, 5xx, a body that is not JSON or is cut short, a 200 that
+        lacks a field, or has an error inside that is not the request's fault) are tried again with growing, jittered pauses.
+        Retry-After pauses every process that shares the limit. MarketDataError after the last try, or at once for what would
+        fail again.
         """
         for attempt in range(1, ATTEMPTS + 1):
             self._limiter.wait()
-            answer = self._once(path, params)
+            answer = self._once(path, params, holds or {})
             if not isinstance(answer, MarketDataError):
                 return answer
             if answer.retry_after is not None:
@@ -137,42 +138,45 @@ class HttpClient:
             self.rest(attempt)
         raise AssertionError("unreachable: the last try returns or raises")
 
-    def _once(self, path: str, params: Mapping[str, str | int]) -> dict[str, Any] | MarketDataError:
+    def _once(self, path: str, params: Mapping[str, str | int], holds: Mapping[str, type]) -> dict[str, Any] | MarketDataError:
         """An answer, or the error that it is. Returned rather than raised where requests' exception is at hand: that one holds the
         request with its headers, the key among them, and would hang on ours as its context."""
         request = self.clean(f"{self._service}: GET {path}?{urlencode(params)}")
         if self._process != os.getpid():
             # a forked process must not read from its parent's connections
             self._session, self._process = self._connections(), os.getpid()
+        deadline = time.monotonic() + self._total
         try:
-            # a redirect could carry the key to another host, so it is an error and not followed; auth: no .netrc is asked
-            with self._session.get(
-                self._base + path, params=params, timeout=self._timeout, stream=True, allow_redirects=False, auth=_no_auth
-            ) as response:
-                status, retry_after, data = response.status_code, response.headers.get("Retry-After"), self._body(response)
+            # auth: no .netrc is asked
+            with self._session.get(self._base + path, params=params, timeout=self._timeout, stream=True, auth=_no_auth) as response:
+                status, retry_after = response.status_code, response.headers.get("Retry-After")
+                data = self._body(response, deadline)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             return MarketDataError(f"{request} failed: {self.clean(f'{type(error).__name__}: {error}')}")
         try:
             body = json.loads(data)
         except (ValueError, RecursionError):
             body = None
+        lacks = ""
         if status == 200 and isinstance(body, dict) and not _says_error(body):
-            return body
+            absent = [name for name, kind in holds.items() if not isinstance(body.get(name), kind)]
+            if not absent:
+                return body
+            lacks = f"no {holds[absent[0]].__name__} {absent[0]!r} in "
         code, said = _explain(body) if isinstance(body, (dict, list)) else (None, data.decode("utf-8", "replace"))
         if status == 200 and body is None:
             said = f"a body that is not JSON, {len(data)} bytes: {said}"
         hint = self._hint(status, code)
+        shown = f"{status}{'' if code in (None, status) else f', code {code}'}: {lacks}{self.clean(said) or 'nothing'}"
         return MarketDataError(
-            f"{request} answered {status}{'' if code in (None, status) else f', code {code}'}: {self.clean(said) or 'nothing'}"
-            + (f"; {hint}" if hint else ""),
+            f"{request} answered {shown}{f'; {hint}' if hint else ''}",
             permanent=not _may_pass(status, code, body),
             status=status,
             code=code,
             retry_after=_retry_after(retry_after),
         )
 
-    def _body(self, response: requests.Response) -> bytes:
-        deadline = time.monotonic() + self._total
+    def _body(self, response: requests.Response, deadline: float) -> bytes:
         data = bytearray()
         while chunk := response.raw.read1(1 << 16, decode_content=True):
             data += chunk
@@ -189,7 +193,8 @@ class HttpClient:
             # what the cut leaves of a secret at its end goes too
             text = self._blot(text[:LONGEST_TEXT])[: -self._longest_secret - 1]
         text = re.sub(r"<(script|style)\b.*?</\1>|<[^<>]*>", " ", self._blot(text), flags=re.I | re.S)
-        text = self._blot(re.sub(r"[\s\x00-\x1f\x7f]+", " ", text).strip())
+        # what no terminal should be sent, and no file can be written with: control characters, half of a surrogate pair
+        text = self._blot(" ".join("".join(c if c.isprintable() else " " for c in text).split()))
         return text if len(text) <= length else f"{text[:length]}…"
 
     def _blot(self, text: str) -> str:
@@ -198,6 +203,14 @@ class HttpClient:
     @staticmethod
     def _with(error: MarketDataError, advice: str) -> MarketDataError:
         return MarketDataError(f"{error}; {advice}", status=error.status, code=error.code, retry_after=error.retry_after)
+
+
+class _Session(requests.Session):
+    """Knows no redirects: one could carry the key to another host. Told only not to follow them, requests still reads a redirect's
+    body, however long, and trips over an address that is none."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:  # noqa: ARG002  # requests' signature
+        return None
 
 
 class _Adapter(HTTPAdapter):

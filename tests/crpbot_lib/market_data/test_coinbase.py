@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from polars.testing import assert_frame_equal
 from crpbot_lib.market_data import CoinbaseClient, MarketDataError, QualityError
 from crpbot_lib.market_data.coinbase import EMPTY_CONFIRMATIONS, PARALLEL_PAGES
 from crpbot_lib.market_data.frames import CANDLE_SCHEMA
+from crpbot_lib.market_data.http import ATTEMPTS
 
 START = datetime(2025, 5, 5, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -212,10 +214,21 @@ def test_what_cannot_be_true_is_refused(wire: Any, client: CoinbaseClient, candl
         client.candles("BTC-USD", "1m", START, START + timedelta(hours=1))
 
 
-def test_an_answer_without_candles_is_refused(wire: Any, client: CoinbaseClient) -> None:
-    wire.says(200, {"product_id": "BTC-USD"})
-    with pytest.raises(MarketDataError, match=r"no list 'candles' in the answer, which has \['product_id'\]"):
-        client.candles("BTC-USD", "1m", START, START + timedelta(hours=1))
+@pytest.mark.parametrize("body", [{}, {"product_id": "BTC-USD"}, {"candles": None}, {"candles": {}}], ids=str)
+class TestAnAnswerWithoutCandles:
+    """No list of candles is not an empty list: a server that answers so is not well, or not the exchange."""
+
+    def test_is_asked_for_again(self, wire: Any, client: CoinbaseClient, minutes: pl.DataFrame, body: Any) -> None:
+        wire.says(200, body)
+        assert_frame_equal(client.candles("BTC-USD", "1m", START, START + 300 * MINUTE), minutes.head(300), check_exact=True)
+
+    def test_is_an_error_in_the_end(self, wire: Any, client: CoinbaseClient, body: Any) -> None:
+        for _ in range(ATTEMPTS):
+            wire.says(200, body)
+        with pytest.raises(MarketDataError, match=r"answered 200: no list 'candles' in \{.*; check CRPBOT_COINBASE_URL") as error:
+            client.candles("BTC-USD", "1m", START, START + timedelta(hours=1))
+        assert not error.value.permanent
+        assert wire.script == deque()
 
 
 def test_the_same_candle_twice_in_an_answer_counts_once(wire: Any, client: CoinbaseClient) -> None:

@@ -315,7 +315,6 @@ def test_a_coin_without_an_all_time_high_is_an_error(wire: Any, client: CoinGeck
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({}, "bitcoin daily from 2025-05-05 00:00: no list 'prices' in the answer"),
         ({"prices": [[1]]}, r"'prices' holds \[1\], expected \[UNIX milliseconds, number or null\]"),
         ({"prices": [["soon", 1]]}, "'prices' holds"),
         ({"prices": [[float("inf"), 1]]}, "'prices' holds"),
@@ -324,9 +323,24 @@ def test_a_coin_without_an_all_time_high_is_an_error(wire: Any, client: CoinGeck
     ],
 )
 def test_an_answer_of_another_shape_is_refused(wire: Any, client: CoinGeckoClient, body: Any, said: str) -> None:
-    wire.says(200, body)
+    wire.says(200, {"market_caps": [], "total_volumes": [], **body})
     with pytest.raises(MarketDataError, match=said):
         client.daily("bitcoin", START, START + DAY)
+
+
+@pytest.mark.parametrize("lacks", ["prices", "market_caps", "total_volumes"])
+def test_an_answer_that_lacks_an_array_is_asked_for_again(wire: Any, client: CoinGeckoClient, lacks: str) -> None:
+    wire.points["bitcoin", "daily"] = [point(START)]
+    wire.says(200, {name: [] for name in ("prices", "market_caps", "total_volumes") if name != lacks})
+    assert client.daily("bitcoin", START, START + DAY).height == 1
+
+
+def test_points_lost_to_a_stamp_from_the_future_are_told(
+    wire: Any, client: CoinGeckoClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    wire.points["bitcoin", "daily"] = [point(START + n * DAY) for n in (0, 4, 1, 2, 3)]
+    assert client.daily("bitcoin", START, START + 4 * DAY).height == 1
+    assert "bitcoin daily from 2025-05-05 00:00: 3 stamps of 'prices' do not rise and were dropped" in caplog.text
 
 
 def test_what_cannot_be_true_is_refused(wire: Any, client: CoinGeckoClient) -> None:

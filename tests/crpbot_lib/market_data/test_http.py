@@ -83,9 +83,10 @@ def slow_headers(handler: BaseHTTPRequestHandler) -> None:
         return
 
 
-def trickling(handler: BaseHTTPRequestHandler) -> None:
+def trickling(handler: BaseHTTPRequestHandler, status: int = 200) -> None:
     """Sends a byte now and then, so that no single read takes long."""
-    handler.send_response(200)
+    handler.send_response(status)
+    handler.send_header("Location", "http://127.0.0.1:9/elsewhere")
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
     handler.close_connection = True
@@ -95,6 +96,10 @@ def trickling(handler: BaseHTTPRequestHandler) -> None:
             time.sleep(0.02)
     except OSError:
         return
+
+
+def trickling_redirect(handler: BaseHTTPRequestHandler) -> None:
+    trickling(handler, 302)
 
 
 class TestRetries:
@@ -182,7 +187,7 @@ class TestTimeLimits:
         assert make(timeout=0.1).get("/x", {}) == {"ok": 1}
         assert len(pauses) == 1
 
-    @pytest.mark.parametrize("answer", [trickling, slow_headers])
+    @pytest.mark.parametrize("answer", [trickling, trickling_redirect, slow_headers])
     def test_a_server_that_sends_a_byte_now_and_then(
         self, wire: Any, make: Make, answer: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -320,8 +325,8 @@ class TestTheKey:
     @pytest.mark.parametrize(
         "body",
         [
-            {"prices": [[KEY, 1]]},
-            {"prices": [[1, f"{'x' * 80}{KEY}"]]},
+            {"prices": [[KEY, 1]], "market_caps": [], "total_volumes": []},
+            {"prices": [[1, f"{'x' * 80}{KEY}"]], "market_caps": [], "total_volumes": []},
             {"prices": KEY},
             {"market_data": {"ath": {"usd": KEY}, "ath_date": {}}},
             {"market_data": {"ath": {"usd": 1}, "ath_date": {"usd": KEY}}},
@@ -329,14 +334,14 @@ class TestTheKey:
         ],
     )
     def test_is_blotted_out_of_values_that_are_refused(self, wire: Any, body: Any) -> None:
-        client, start = (
-            CoinGeckoClient(wire.url, KEY, now=lambda: datetime(2025, 5, 6, tzinfo=UTC)),
-            datetime(2025, 5, 5, tzinfo=UTC),
-        )
+        now, start = datetime(2025, 5, 6, tzinfo=UTC), datetime(2025, 5, 5, tzinfo=UTC)
+        client = CoinGeckoClient(wire.url, KEY, now=lambda: now, requests_per_second=1e6, backoff=0.001)
         for ask in (lambda: client.daily("bitcoin", start, start + timedelta(days=1)), lambda: client.all_time_high("bitcoin")):
-            wire.says(200, body)
+            for _ in range(ATTEMPTS):
+                wire.says(200, body)
             with pytest.raises(MarketDataError) as error:
                 ask()
+            wire.script.clear()
             assert KEY[:6] not in str(error.value)
             assert error.value.__context__ is None
 
@@ -365,6 +370,21 @@ class TestTheKey:
         with pytest.raises(ValueError, match=r"CRPBOT_COINGECKO_URL\) holds a user, a password or a query") as error:
             CoinGeckoClient(address, None)
         assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("location", ["http://[", "/\xff\xfe", "http://127.0.0.1:9/elsewhere"])
+def test_a_redirect_is_not_even_looked_at(wire: Any, client: HttpClient, location: str) -> None:
+    wire.says(302, "moved", Location=location)
+    with pytest.raises(MarketDataError, match="answered 302: moved") as error:
+        client.get("/x", {})
+    assert error.value.permanent
+
+
+@pytest.mark.parametrize("text", ["\ud800", "\x9b31m", "\u202e", "\u2028"], ids=ascii)
+def test_what_no_terminal_should_be_sent_is_left_out(wire: Any, client: HttpClient, text: str) -> None:
+    wire.says(403, {"error": f"no{text}entry"})
+    with pytest.raises(MarketDataError, match=r"403: no (31m)?entry"):
+        client.get("/x", {})
 
 
 def test_what_an_answer_says_is_one_line(wire: Any, client: HttpClient) -> None:
