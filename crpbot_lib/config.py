@@ -35,7 +35,7 @@ class Symbol(_Model):
     coin_listed: date = Field(description="first day CoinGecko has of the coin; the all-time high needs the history from it")
     feature_groups: tuple[FeatureGroup, ...] = ALL_GROUPS
     exchange_listed: date | None = None
-    """First UTC day of which the exchange has a candle; an earlier day is refused. None: not checked."""
+    """First UTC day of which the exchange can have a candle; an earlier day is refused. None: not checked."""
     all_time_highs: tuple[tuple[float, AwareDatetime], ...] = ()
     """Dated records (USD price, time) above what the daily prices show; needed where the history does not reach ``coin_listed``."""
 
@@ -123,7 +123,7 @@ class TelegramSettings(_Model):
 
 
 DEFAULT_SYMBOLS: tuple[Symbol, ...] = (
-    Symbol(name="BTC-USD", coin="bitcoin", coin_listed=date(2013, 4, 28), exchange_listed=date(2015, 7, 20)),
+    Symbol(name="BTC-USD", coin="bitcoin", coin_listed=date(2013, 4, 28), exchange_listed=date(2014, 12, 1)),
     Symbol(
         name="ETH-USD",
         coin="ethereum",
