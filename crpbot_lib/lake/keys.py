@@ -26,12 +26,9 @@ def quality(day: date) -> str:
     return f"raw/quality/date={day.isoformat()}/report.json"
 
 
-GAPS = "raw/gaps/"
-
-
 def gaps(start: date, end: date) -> str:
-    """The minutes without a 1m candle in the UTC days ``[start, end)``, of several symbols, each told as no trade or as outage."""
-    return f"{GAPS}start={start.isoformat()}/end={end.isoformat()}/gaps.parquet"
+    """The minutes without a 1m candle in the UTC days ``[start, end)``, of all symbols, each told as no trade or as outage."""
+    return f"raw/gaps/start={start.isoformat()}/end={end.isoformat()}/gaps.parquet"
 
 
 def features(version: str, symbol: str) -> str:

@@ -9,23 +9,21 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from datetime import date, datetime, timedelta
+from datetime import date, timedelta
 
 import polars as pl
 
 from crpbot_lib.config import TIMEFRAMES, Settings
 from crpbot_lib.features import catalog
-from crpbot_lib.lake import Lake, keys
+from crpbot_lib.lake import Lake
 from crpbot_lib.market_data import Clock, MarketData, utc_now
 from crpbot_lib.market_data.plans import PLANS
 from crpbot_lib.market_data.progress import LogMeter, Meter
-from crpbot_lib.market_data.quality import coverage as cover
-from crpbot_lib.steps.days import DAY, closed_days, midnight
+from crpbot_lib.steps.days import DAY, closed_days
 from crpbot_lib.steps.partitions import (
-    IN_PARALLEL,
     Refetch,
     Series,
+    Spans,
     Stored,
     Summary,
     Totals,
@@ -34,10 +32,10 @@ from crpbot_lib.steps.partitions import (
     candles,
     days_of_series,
     points,
-    stored_frame,
     stream,
     survey,
 )
+from crpbot_lib.steps.quality import tell_gaps
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +145,8 @@ def load(
     a source answers to the first request, such as a wrong key.
     """
     began = time.monotonic()
-    series = all_series(settings, market or MarketData(settings, now=now), settings.symbol(symbol), timeframes, coingecko)
-    work = survey(lake, [(one, days_of_series(one, start, end, now)) for one in series], refetch)
+    market = market or MarketData(settings, now=now)
+    work = survey(lake, _spans(settings, market, [symbol], start, end, timeframes, coingecko, now), refetch)
     totals = _run(lake, symbol, work, progress)
     summary = {
         "symbol": symbol,
@@ -185,19 +183,7 @@ def plan_load(
     Returns ``present, partitions`` (to fetch), ``requests``, ``seconds`` (at the allowed rates), and ``series``, the same for each.
     """
     market = MarketData(settings, now=now)
-    work = [
-        one
-        for symbol in symbols
-        for one in survey(
-            lake,
-            [
-                (series, days_of_series(series, start, end, now))
-                for series in all_series(settings, market, settings.symbol(symbol), timeframes, coingecko)
-            ],
-            refetch,
-        )
-    ]
-    return _estimate(settings, work)
+    return _estimate(settings, survey(lake, _spans(settings, market, symbols, start, end, timeframes, coingecko, now), refetch))
 
 
 def ensure_coverage(
@@ -259,10 +245,11 @@ def heal(
     progress: Meter | None = None,
     market: MarketData | None = None,
 ) -> Summary:
-    """Fetches the candles of incomplete UTC days of ``[start, end)`` again: days that are absent, and those that lack a candle
-    which no gap record (``keys.gaps``) calls *no trade*; with ``every``, any candle.
+    """Fetches the candles of incomplete UTC days of ``[start, end)`` again: days that are absent, and those that lack more than
+    the minutes in which nobody traded, by what the lake holds now (``quality.tell_gaps``); with ``every``, those as well.
 
-    Nothing is lost by it: where the exchange now serves less than is stored, the partition is kept and that is reported.
+    Nothing is lost by it: where the exchange now serves less than is stored, the partition is kept and that is reported. What the
+    exchange never served stays absent, which is no error.
 
     Returns ``looked_at`` and ``outcomes`` (partitions), ``added, changed, missing`` (candles, of those fetched) and ``days``: of
     each partition that was fetched ``symbol, timeframe, day, outcome, rows, missing, added, changed, lost``. Errors as ``load``.
@@ -309,63 +296,31 @@ def _to_heal(
     now: Clock,
 ) -> list[Work]:
     """The incomplete days of each symbol and timeframe."""
-    spans = [
+    spans = _spans(settings, market, symbols, start, end, TIMEFRAMES, False, now)
+    no_trade: defaultdict[str, Spans] = defaultdict(list)
+    if not every:
+        record, _ = tell_gaps(settings, lake, start, end)
+        silent = record.filter(pl.col("kind") == "no_trade").select("symbol", "start", "minutes")
+        for symbol, first, minutes in silent.iter_rows():
+            no_trade[symbol].append((first, first + timedelta(minutes=minutes)))
+    return survey(lake, spans, "incomplete", no_trade=no_trade)
+
+
+def _spans(
+    settings: Settings,
+    market: MarketData,
+    symbols: Sequence[str],
+    start: date,
+    end: date,
+    timeframes: Sequence[str],
+    coingecko: bool,
+    now: Clock,
+) -> list[tuple[Series, list[date]]]:
+    return [
         (series, days_of_series(series, start, end, now))
         for symbol in symbols
-        for series in all_series(settings, market, settings.symbol(symbol), TIMEFRAMES, coingecko=False)
+        for series in all_series(settings, market, settings.symbol(symbol), timeframes, coingecko)
     ]
-    if every:
-        return survey(lake, spans, "incomplete")
-    silent = _silent(lake, start, end)
-    work = []
-    for series, days in spans:
-        stored = set(lake.keys(keys.partitions(series.key(days[0]))))
-
-        def incomplete(day: date, series: Series = series, stored: set[str] = stored) -> bool:
-            frame = stored_frame(lake, series.key(day)) if series.key(day) in stored else None
-            if frame is None:
-                return True
-            gaps = cover(frame, series.step, midnight(day), midnight(day + DAY)).gaps
-            explained = silent[series.symbol]
-            return any(not _within(gap.start, gap.start + timedelta(minutes=gap.minutes), explained) for gap in gaps)
-
-        with ThreadPoolExecutor(IN_PARALLEL) as pool:
-            lacking = [day for day, wanted in zip(days, pool.map(incomplete, days), strict=True) if wanted]
-        work.append(Work(series, lacking, len(days) - len(lacking)))
-    return work
-
-
-Spans = list[tuple[datetime, datetime]]
-
-
-def _silent(lake: Lake, start: date, end: date) -> defaultdict[str, Spans]:
-    """Per symbol the stretches of time without a trade, by the gap records: what one of them calls so and none an outage."""
-    found: defaultdict[str, set[tuple[datetime, datetime]]] = defaultdict(set)
-    outages: defaultdict[str, Spans] = defaultdict(list)
-    for key in lake.keys(keys.GAPS):
-        record = lake.read_frame(key)
-        record = record.with_columns(end=pl.col("start") + pl.duration(minutes=pl.col("minutes")))
-        record = record.filter((pl.col("start") < midnight(end)) & (pl.col("end") > midnight(start)))
-        for symbol, kind, first, last in record.select("symbol", "kind", "start", "end").iter_rows():
-            if kind == "no_trade":
-                found[symbol].add((first, last))
-            else:
-                outages[symbol].append((first, last))
-    silent: defaultdict[str, Spans] = defaultdict(list)
-    for symbol, spans in found.items():
-        bad = outages[symbol]
-        silent[symbol] = sorted(s for s in spans if not any(a < s[1] and s[0] < b for a, b in bad))
-    return silent
-
-
-def _within(start: datetime, end: datetime, spans: Spans) -> bool:
-    """Whether ``[start, end)`` is covered by ``spans``, sorted."""
-    for first, last in spans:
-        if first <= start < last:
-            start = last
-        if start >= end:
-            return True
-    return False
 
 
 def _estimate(settings: Settings, work: Sequence[Work]) -> Summary:

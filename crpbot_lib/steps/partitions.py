@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from functools import partial
 from math import ceil
+from operator import itemgetter
 from typing import Any, Literal
 
 import polars as pl
@@ -25,9 +27,9 @@ import polars as pl
 from crpbot_lib.config import Settings, Symbol
 from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
 from crpbot_lib.market_data import Clock, MarketData, MarketDataError, QualityError
-from crpbot_lib.market_data.frames import EPOCH, SERIES_WIDTH, width
+from crpbot_lib.market_data.frames import SERIES_WIDTH, width
 from crpbot_lib.market_data.progress import Meter
-from crpbot_lib.market_data.quality import check_candles, check_points
+from crpbot_lib.market_data.quality import Gap, check_candles, check_points
 from crpbot_lib.market_data.quality import coverage as cover
 from crpbot_lib.steps.days import DAY, closed_days, first_daily_day, midnight
 
@@ -43,6 +45,8 @@ HOURLY_DAYS_A_REQUEST = 85
 """For estimates: hourly points come in ranges of less than 90 days."""
 
 Summary = dict[str, Any]
+Spans = list[tuple[datetime, datetime]]
+"""Stretches of time ``[from, to)``, in order, none touching another."""
 Refetch = Literal["absent", "incomplete", "all"]
 REFETCH: tuple[Refetch, ...] = ("absent", "incomplete", "all")
 Outcome = Literal["fetched", "filled", "unchanged", "changed", "kept"]
@@ -220,18 +224,24 @@ def days_of_series(series: Series, start: date, end: date, now: Clock) -> list[d
     """The days of ``[start, end)``, once they are over; MarketDataError where the source has nothing so early."""
     days = closed_days(start, end, now)
     if series.first and start < series.first:
-        name, setting = (
-            (series.symbol, "exchange_listed") if series.source == "Coinbase" else (series.what.split()[0], "coin_listed")
-        )
+        setting = "exchange_listed" if series.source == "Coinbase" else "coin_listed"
         raise MarketDataError(
-            f"{start} lies before the listing of {name} on {series.first}: begin there, or correct {setting} in `symbols`",
+            f"{start} lies before the listing of {series.of} on {series.first}: begin there, or correct {setting} in `symbols`",
             permanent=True,
         )
     return days
 
 
-def survey(lake: Lake, spans: Sequence[tuple[Series, list[date]]], refetch: Refetch, *, count: bool = False) -> list[Work]:
-    """Which of the days are to be fetched. ``count``: the rows that present partitions lack are counted."""
+def survey(
+    lake: Lake,
+    spans: Sequence[tuple[Series, list[date]]],
+    refetch: Refetch,
+    *,
+    count: bool = False,
+    no_trade: Mapping[str, Spans] | None = None,
+) -> list[Work]:
+    """Which of the days are to be fetched. ``count``: the rows that present partitions lack are counted. A day that lacks nothing
+    outside of its symbol's ``no_trade`` is not incomplete."""
     if refetch not in REFETCH:
         raise ValueError(f"refetch={refetch!r}: expected one of {', '.join(REFETCH)}")
     work = []
@@ -244,7 +254,8 @@ def survey(lake: Lake, spans: Sequence[tuple[Series, list[date]]], refetch: Refe
         lacking = set(days) - set(there)
         missing = 0
         if count or refetch == "incomplete":
-            for day, lacks in zip(there, _lacks(lake, series, there), strict=True):
+            silent = no_trade.get(series.symbol, []) if no_trade else []
+            for day, lacks in zip(there, _lacks(lake, series, there, silent), strict=True):
                 if refetch == "incomplete" and lacks:
                     lacking.add(day)
                 else:
@@ -253,16 +264,24 @@ def survey(lake: Lake, spans: Sequence[tuple[Series, list[date]]], refetch: Refe
     return work
 
 
-def _lacks(lake: Lake, series: Series, days: Sequence[date]) -> Iterator[int]:
-    """How many rows each day's partition lacks; all of them where it cannot be read."""
+def _lacks(lake: Lake, series: Series, days: Sequence[date], silent: Spans) -> Iterator[int]:
+    """How many rows each day's partition lacks: all of them where it cannot be read, none where each gap is ``silent``."""
 
     def lacks(day: date) -> int:
         begin, end = midnight(series.begins(day)), midnight(day + DAY)
         frame = stored_frame(lake, series.key(day))
-        return (end - begin) // series.step if frame is None else cover(frame, series.step, begin, end).missing
+        if frame is None:
+            return (end - begin) // series.step
+        found = cover(frame, series.step, begin, end)
+        return 0 if all(_within(gap, silent) for gap in found.gaps) else found.missing
 
     with ThreadPoolExecutor(IN_PARALLEL) as pool:
         yield from pool.map(lacks, days)
+
+
+def _within(gap: Gap, spans: Spans) -> bool:
+    at = bisect(spans, gap.start, key=itemgetter(0)) - 1
+    return at >= 0 and gap.start + timedelta(minutes=gap.minutes) <= spans[at][1]
 
 
 @dataclass
@@ -360,7 +379,8 @@ def _sound(series: Series, frame: pl.DataFrame, begin: datetime, end: datetime) 
     except QualityError:
         return False
     # a history that began earlier, under a longer plan, is worth more
-    return frame.filter((pl.col("timestamp") >= end) | (pl.col("timestamp") < (EPOCH if series.grows else begin))).is_empty()
+    early = pl.lit(False) if series.grows else pl.col("timestamp") < begin
+    return frame.filter(early | (pl.col("timestamp") >= end)).is_empty()
 
 
 def _difference(old: pl.DataFrame, new: pl.DataFrame) -> tuple[int, int, int]:

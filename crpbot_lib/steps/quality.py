@@ -19,7 +19,7 @@ from crpbot_lib.market_data.gaps import MINUTE_COLUMNS, WIDER_COLUMNS, classify,
 from crpbot_lib.market_data.quality import Coverage, Finding, check_candles, check_points, compare, suspicious
 from crpbot_lib.market_data.quality import coverage as cover
 from crpbot_lib.steps.days import DAY, check_interval, days_of, first_daily_day, midnight
-from crpbot_lib.steps.partitions import IN_PARALLEL, Summary
+from crpbot_lib.steps.partitions import IN_PARALLEL, Summary, stored_frame
 
 log = logging.getLogger(__name__)
 
@@ -75,29 +75,21 @@ def report(settings: Settings, lake: Lake, symbol: str, start: date, end: date) 
 
 
 def gaps(settings: Settings, lake: Lake, symbols: Sequence[str], start: date, end: date) -> Summary:
-    """Tells the minutes of the UTC days ``[start, end)`` that have no 1m candle as *no trade* or *outage*, all ``symbols`` at once,
-    and writes the record (GAP_SCHEMA) to ``keys.gaps(start, end)``.
-
-    One day of one symbol cannot be told alone: a day's edges depend on its neighbours, an outage on the other symbols. So the
-    days beside the interval are read as well, where they are stored; a gap over the interval's end is recorded whole. Days
-    that are not stored are no gap: nothing is known of them. One symbol at a time is in memory.
+    """Writes the record of what ``tell_gaps`` says of the UTC days ``[start, end)`` to ``keys.gaps(start, end)``. It is of all
+    configured symbols whoever asks; ``symbols`` are those that are logged and returned.
 
     Returns ``key`` and per symbol ``outages, outage_minutes, longest`` (``start, minutes`` or None), ``no_trade, no_trade_minutes``
-    and ``not_fetched`` (days). ValueError for an unknown symbol or an interval without a day.
+    and ``not_fetched`` (days). ValueError for an unknown symbol, an interval without a day, or one of which the lake has nothing.
     """
     check_interval(start, end)
     known = [settings.symbol(symbol).name for symbol in symbols]
     began = time.monotonic()
-    found: dict[str, pl.DataFrame] = {}
-    not_fetched: dict[str, int] = {}
-    for symbol in known:
-        days, minutes = _columns(lake, symbol, "1m", start, end, MINUTE_COLUMNS)
-        wider: dict[str, pl.DataFrame] = {
-            tf: _columns(lake, symbol, tf, start, end, WIDER_COLUMNS)[1] for tf in TIMEFRAMES if tf != "1m"
-        }
-        not_fetched[symbol] = (end - start) // DAY - sum(start <= day < end for day in days)
-        found[symbol] = holes(minutes, wider, midnight(start), midnight(end), fetched=days)
-    record = classify(found)
+    record, not_fetched = tell_gaps(settings, lake, start, end)
+    if all(not_fetched[symbol] == (end - start) // DAY for symbol in known):
+        raise ValueError(
+            f"the lake has no 1m candles of {', '.join(known)} from {start} to {end - DAY}: fetch them first "
+            f"(crpbot fetch all --start {start} --end {end})"
+        )
     key = keys.gaps(start, end)
     lake.write_frame(key, record)
     summary = {symbol: {**_gaps_of(record, symbol), "not_fetched": not_fetched[symbol]} for symbol in known}
@@ -111,6 +103,26 @@ def gaps(settings: Settings, lake: Lake, symbols: Sequence[str], start: date, en
         )
     log.info("gaps of %d symbols in %.1f s: %s", len(known), time.monotonic() - began, lake.url(key))
     return {"key": key, "start": start.isoformat(), "end": end.isoformat(), "symbols": summary}
+
+
+def tell_gaps(settings: Settings, lake: Lake, start: date, end: date) -> tuple[pl.DataFrame, dict[str, int]]:
+    """(GAP_SCHEMA, days not fetched per symbol): the minutes of the UTC days ``[start, end)`` that have no 1m candle, as *no trade*
+    or *outage*, of all configured symbols at once.
+
+    One day of one symbol cannot be told alone: a day's edges depend on its neighbours, an outage on the other symbols. So the
+    days beside the interval are read as well, where they are stored; a gap over the interval's end is told whole. Days that are
+    not stored are no gap: nothing is known of them. One symbol at a time is in memory.
+    """
+    found: dict[str, pl.DataFrame] = {}
+    not_fetched: dict[str, int] = {}
+    for symbol in (entry.name for entry in settings.symbols):
+        days, minutes = _columns(lake, symbol, "1m", start, end, MINUTE_COLUMNS)
+        wider: dict[str, pl.DataFrame] = {
+            tf: _columns(lake, symbol, tf, start, end, WIDER_COLUMNS)[1] for tf in TIMEFRAMES if tf != "1m"
+        }
+        not_fetched[symbol] = (end - start) // DAY - sum(start <= day < end for day in days)
+        found[symbol] = holes(minutes, wider, midnight(start), midnight(end), fetched=days)
+    return classify(found), not_fetched
 
 
 def read_gaps(lake: Lake, start: date, end: date) -> list[Summary]:
@@ -171,17 +183,21 @@ def check_quality(settings: Settings, lake: Lake, symbols: list[str], day: date)
 def _columns(
     lake: Lake, symbol: str, timeframe: str, start: date, end: date, columns: Sequence[str]
 ) -> tuple[list[date], pl.DataFrame]:
-    """(days, rows) of the stored partitions of ``[start, end)`` and of the day on either side of it."""
+    """(days, rows) of the partitions of ``[start, end)`` and of the day on either side of it that are stored and can be read."""
     stored = set(lake.keys(keys.partitions(keys.candles(timeframe, symbol, start))))
     days = [day for day in days_of(start - DAY, end + DAY) if keys.candles(timeframe, symbol, day) in stored]
 
-    def read(day: date) -> pl.DataFrame:
-        return lake.read_frame(keys.candles(timeframe, symbol, day)).select(columns)
+    def read(day: date) -> pl.DataFrame | None:
+        frame = stored_frame(lake, key := keys.candles(timeframe, symbol, day))
+        if frame is None:
+            log.warning("%s cannot be read and counts as not fetched; `crpbot fetch heal` fetches it again", lake.url(key))
+        return frame if frame is None else frame.select(columns)
 
     with ThreadPoolExecutor(IN_PARALLEL) as pool:
-        frames = list(pool.map(read, days))
+        frames = dict(zip(days, pool.map(read, days), strict=True))
+    read_days = [day for day, frame in frames.items() if frame is not None]
     nothing = pl.DataFrame(schema={name: CANDLE_SCHEMA[name] for name in columns})
-    return days, pl.concat([nothing, *frames])
+    return read_days, pl.concat([nothing, *(frame for frame in frames.values() if frame is not None)])
 
 
 def _gaps_of(record: pl.DataFrame, symbol: str) -> Summary:

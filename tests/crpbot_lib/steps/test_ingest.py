@@ -16,7 +16,7 @@ from polars.testing import assert_frame_equal
 from crpbot_lib.config import TIMEFRAMES, Settings, Symbol, TrainingSettings
 from crpbot_lib.lake import Lake, keys
 from crpbot_lib.market_data import MarketData, MarketDataError
-from crpbot_lib.market_data.gaps import GAP_SCHEMA
+from crpbot_lib.market_data.quality import resample
 from crpbot_lib.steps import ingest, partitions, quality
 
 DAY = date(2025, 5, 7)
@@ -455,11 +455,6 @@ class TestHeal:
         wire.candles = {("BTC-USD", timeframe): frame for timeframe, frame in frames.items()}
         wire.requests.clear()
 
-    @staticmethod
-    def record(lake: Lake, kind: str, start: datetime, minutes: int) -> None:
-        row = {"symbol": "BTC-USD", "start": start, "minutes": minutes, "kind": kind, "evidence": []}
-        lake.write_frame(keys.gaps(DAY, DAY + 2 * ONE), pl.DataFrame([row], schema=GAP_SCHEMA))
-
     def test_fills_incomplete_and_absent_days_and_leaves_the_others_alone(
         self, settings: Settings, lake: Lake, wire: Any, market: MarketData, whole: dict[str, pl.DataFrame]
     ) -> None:
@@ -479,23 +474,37 @@ class TestHeal:
             assert_frame_equal(lake.read_frame(keys.candles(timeframe, "BTC-USD", DAY)), served, check_exact=True)
 
     def test_minutes_without_a_trade_are_not_asked_for_again(
+        self, settings: Settings, lake: Lake, wire: Any, market: MarketData
+    ) -> None:
+        """Nobody had to run `gaps` first: what the lake holds says it."""
+        for timeframe in ("1m", "5m"):
+            without(wire, timeframe, MIDNIGHT + HOUR, MIDNIGHT + HOUR + 5 * MINUTE)
+        for timeframe in ("15m", "1h"):
+            wire.candles["BTC-USD", timeframe] = resample(wire.candles["BTC-USD", "1m"], timeframe)
+        days = (settings, lake, ["BTC-USD"], DAY, DAY + 2 * ONE)
+        ingest.load(settings, lake, "BTC-USD", *days[3:], coingecko=False, market=market)
+        wire.requests.clear()
+        assert ingest.plan_heal(*days)["partitions"] == 0
+        assert ingest.heal(*days, market=market)["days"] == []
+        assert wire.requests == []
+        again = ingest.heal(*days, every=True, market=market)["days"]
+        assert [(d["timeframe"], d["day"]) for d in again] == [("1m", "2025-05-07"), ("5m", "2025-05-07")]
+
+    def test_a_wider_candle_of_minutes_that_were_traded_is_asked_for_again(
+        self, settings: Settings, lake: Lake, wire: Any, market: MarketData
+    ) -> None:
+        without(wire, "5m", MIDNIGHT + HOUR, MIDNIGHT + HOUR + 5 * MINUTE)
+        ingest.load(settings, lake, "BTC-USD", DAY, DAY + ONE, coingecko=False, market=market)
+        plan = ingest.plan_heal(settings, lake, ["BTC-USD"], DAY, DAY + ONE)
+        assert [one["series"] for one in plan["series"] if one["partitions"]] == ["BTC-USD 5m"]
+
+    def test_a_partition_that_cannot_be_read_is_asked_for_again(
         self, settings: Settings, lake: Lake, wire: Any, market: MarketData, whole: dict[str, pl.DataFrame]
     ) -> None:
         self.serve(wire, whole)
-        self.record(lake, "no_trade", MIDNIGHT + HOUR, 60)
-        assert ingest.plan_heal(settings, lake, ["BTC-USD"], DAY, DAY + 2 * ONE)["partitions"] == 0
-        assert ingest.heal(settings, lake, ["BTC-USD"], DAY, DAY + 2 * ONE, market=market)["days"] == []
-        assert wire.requests == []
-        assert len(ingest.heal(settings, lake, ["BTC-USD"], DAY, DAY + 2 * ONE, every=True, market=market)["days"]) == 4
-
-    def test_outages_and_what_the_record_explains_in_part_are_asked_for_again(
-        self, settings: Settings, lake: Lake, wire: Any, whole: dict[str, pl.DataFrame]
-    ) -> None:
-        for kind, minutes in (("outage", 60), ("no_trade", 59)):
-            self.record(lake, kind, MIDNIGHT + HOUR, minutes)
-            plan = ingest.plan_heal(settings, lake, ["BTC-USD"], DAY, DAY + 2 * ONE)
-            by_series = {one["series"]: one["partitions"] for one in plan["series"]}
-            assert by_series == {"BTC-USD 1m": 1, "BTC-USD 5m": 1, "BTC-USD 15m": 1, "BTC-USD 1h": 1}
+        lake.write(keys.candles("1m", "BTC-USD", DAY + ONE), b"PAR1")
+        ingest.heal(settings, lake, ["BTC-USD"], DAY, DAY + 2 * ONE, market=market)
+        assert lake.read_frame(keys.candles("1m", "BTC-USD", DAY + ONE)).height == 1440
 
     def test_an_answer_that_lacks_stored_candles_changes_nothing(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from crpbot_lib.config import TIMEFRAMES, Settings
+from crpbot_lib.config import TIMEFRAMES, Settings, Symbol
 from crpbot_lib.lake import Lake, LakeError, keys
 from crpbot_lib.market_data import MarketData, QualityError
 from crpbot_lib.market_data.quality import resample
@@ -213,11 +213,30 @@ class TestGaps:
         assert (told["outages"], told["no_trade"], told["not_fetched"]) == (0, 0, 1)
         assert "1 days not fetched" in caplog.text
 
+    def test_a_record_is_of_all_symbols_whoever_asks(
+        self, settings: Settings, lake: Lake, wire: Any, market: MarketData, timeframes: dict[str, pl.DataFrame]
+    ) -> None:
+        """Its key says only the days; and what one symbol was fetched for is evidence for the others."""
+        wire.candles |= {("ETH-USD", timeframe): frame for timeframe, frame in timeframes.items()}
+        eth = Symbol(name="ETH-USD", coin="ethereum", coin_listed=date(2025, 4, 10))
+        settings = settings.model_copy(update={"symbols": (*settings.symbols, eth)})
+        for symbol in ("BTC-USD", "ETH-USD"):
+            gone = pl.col("timestamp").is_between(MIDNIGHT + HOUR, MIDNIGHT + 2 * HOUR, closed="left")
+            wire.candles[symbol, "1m"] = wire.candles[symbol, "1m"].filter(~gone)
+            ingest.load(settings, lake, symbol, DAY, DAY + ONE, coingecko=False, market=market)
+        got = quality.gaps(settings, lake, ["ETH-USD"], DAY, DAY + ONE)
+        assert list(got["symbols"]) == ["ETH-USD"]
+        record = quality.read_gaps(lake, DAY, DAY + ONE)
+        assert [row["symbol"] for row in record] == ["BTC-USD", "ETH-USD"]
+        assert all("all_symbols" in row["evidence"] for row in record)
+
     def test_what_cannot_be_asked_is_refused_and_nothing_written(self, settings: Settings, lake: Lake) -> None:
         with pytest.raises(ValueError, match="unknown symbol 'DOGE-USD'"):
             quality.gaps(settings, lake, ["DOGE-USD"], DAY, DAY + ONE)
         with pytest.raises(ValueError, match="holds no day"):
             quality.gaps(settings, lake, ["BTC-USD"], DAY, DAY)
+        with pytest.raises(ValueError, match="the lake has no 1m candles of BTC-USD from 2025-05-07 to 2025-05-07: fetch them"):
+            quality.gaps(settings, lake, ["BTC-USD"], DAY, DAY + ONE)
         assert lake.keys("") == []
 
 
