@@ -1,7 +1,8 @@
 """Reading and writing whole objects, atomically, in S3 or in a directory.
 
-An object appears whole or not at all: S3 gives that by itself, a directory by writing beside and renaming. A conditional write
-(``only_if_absent``) is S3's ``If-None-Match: *``; in a directory a hard link, which fails where the name exists.
+An object appears whole or not at all: S3 gives that by itself, a directory by writing to ``.parts`` in it and renaming; what a
+killed writer left there goes with a later write. A conditional write (``only_if_absent``) is S3's ``If-None-Match: *``; in a
+directory a hard link, which fails where the name exists.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlencode, urlsplit
@@ -123,6 +125,12 @@ class Lake:
         self.write(key, buffer.getvalue())
 
 
+PARTS = ".parts"
+"""Where a directory's writes begin; no key."""
+ABANDONED_SECONDS = 3600.0
+"""After so long a write was killed."""
+
+
 class _Directory:
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -141,22 +149,25 @@ class _Directory:
 
     def write(self, key: str, data: bytes, only_if_absent: bool, tags: Mapping[str, str]) -> None:
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
+        part = self.root / PARTS / f"{uuid.uuid4().hex}.part"
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.parent.mkdir(exist_ok=True)
             with part.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             if only_if_absent:
-                try:
-                    os.link(part, path)
-                except FileExistsError:
-                    raise KeyExistsError(key) from None
+                os.link(part, path)
             else:
                 part.replace(path)
+        except OSError as error:
+            if isinstance(error, FileExistsError) and path.is_file():
+                raise KeyExistsError(key) from None
+            raise LakeError(f"{path} cannot be written: {error}; is the disk full, or may this user not write there?") from error
         finally:
             part.unlink(missing_ok=True)
+        self._sweep(part.parent)
         tags_key = f"{key}.tags.json"
         if tags:
             self.write(tags_key, json.dumps(dict(tags), sort_keys=True).encode(), False, {})
@@ -164,13 +175,21 @@ class _Directory:
             # an object written without tags has none, as in S3, and does not inherit those of the one before it
             self._path(tags_key).unlink(missing_ok=True)
 
+    @staticmethod
+    def _sweep(parts: Path) -> None:
+        for part in parts.iterdir():
+            # another writer may end, or sweep, at the same time
+            with suppress(OSError):
+                if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
+                    part.unlink()
+
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
 
     def keys(self, prefix: str) -> list[str]:
         base = self._path(prefix.rpartition("/")[0])
         found = (p.relative_to(self.root.resolve()).as_posix() for p in base.rglob("*") if p.is_file())
-        return [k for k in found if k.startswith(prefix) and not k.endswith((".part", ".tags.json"))]
+        return [k for k in found if k.startswith(prefix) and not k.startswith(f"{PARTS}/") and not k.endswith(".tags.json")]
 
     def tags(self, key: str) -> dict[str, str]:
         if not self.exists(key):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
@@ -177,10 +178,21 @@ class TestDirectory:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("os.fsync", no_space)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(LakeError, match=r"/a cannot be written: .*No space left on device; is the disk full"):
             lake.write("a", b"half")
         assert lake.read("a") == b"whole"
-        assert [p.name for p in tmp_path.iterdir()] == ["a"]
+        assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / "a"]
+
+    def test_what_a_killed_write_left_is_no_key_and_goes_with_a_later_write(self, tmp_path: Path) -> None:
+        lake = Lake(f"file://{tmp_path}")
+        lake.write("a", b"whole")
+        killed, under_way = (tmp_path / ".parts" / name for name in ("killed.part", "under_way.part"))
+        for part in (killed, under_way):
+            part.write_bytes(b"hal")
+        os.utime(killed, (0, 0))
+        assert lake.keys("") == ["a"]
+        lake.write("b", b"whole")
+        assert (killed.exists(), under_way.exists(), lake.keys("")) == (False, True, ["a", "b"])
 
     @pytest.mark.parametrize("key", ["../outside", "/etc/passwd", "a/../../outside"])
     def test_no_key_leads_out(self, tmp_path: Path, key: str) -> None:
