@@ -114,7 +114,7 @@ def clear_errors() -> Iterator[None]:
         typer.echo(f"error: {_text(error)}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted: what was written is whole; the same command goes on from there", err=True)
+        typer.echo("interrupted: nothing is half-written, and the command can be run again", err=True)
         raise typer.Exit(130) from None
 
 

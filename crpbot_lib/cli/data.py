@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from crpbot_lib.cli.common import AsJson, clear_errors, day, meter, open_lake, show_table
-from crpbot_lib.config import Settings
+from crpbot_lib.config import Settings, Timeframe
 from crpbot_lib.steps import ingest, quality
+from crpbot_lib.steps.partitions import Refetch
 
 fetch = typer.Typer(help="Fetch market data into the lake.", no_args_is_help=True)
 
@@ -23,9 +24,9 @@ Start = Annotated[date, typer.Option(parser=day, metavar="YYYY-MM-DD", help="Fir
 End = Annotated[date, typer.Option(parser=day, metavar="YYYY-MM-DD", help="UTC day after the last one.")]
 SymbolName = Annotated[str, typer.Option(help="A symbol of the configuration, e.g. BTC-USD.")]
 SymbolNames = Annotated[
-    list[str] | None, typer.Option("--symbol", help="A symbol of the configuration; may be repeated. None: all of them.")
+    list[str] | None, typer.Option("--symbol", help="A symbol of the configuration; may be repeated. Without it: all of them.")
 ]
-Timeframe = Annotated[str, typer.Option(help="1m, 5m, 15m or 1h.")]
+OneTimeframe = Annotated[Timeframe, typer.Option(help="Width of the candles.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched, in how many requests; fetch nothing.")]
 
 LISTED = 40
@@ -34,16 +35,16 @@ LISTED = 40
 CELLS = (
     # at least this share of the day's candles; the glyphs alone tell the states apart, colour only helps
     (1.0, "█", "green", "complete"),
-    (0.99, "▓", "yellow", "99 %"),
-    (0.5, "▒", "dark_orange", "50 %"),
-    (0.0, "░", "red", "less"),
+    (0.99, "▓", "yellow", "≥ 99 %"),
+    (0.5, "▒", "dark_orange", "≥ 50 %"),
+    (0.0, "░", "red", "< 50 %"),
 )
 EMPTY, ABSENT = ("○", "red", "none served"), ("·", "dim", "not fetched")
 
 
 @fetch.command("candles")
 def fetch_candles(
-    symbol: SymbolName, start: Start, end: End, timeframe: Timeframe = "1m", dry_run: DryRun = False, as_json: AsJson = False
+    symbol: SymbolName, start: Start, end: End, timeframe: OneTimeframe = "1m", dry_run: DryRun = False, as_json: AsJson = False
 ) -> None:
     """Fetch the candles of the UTC days [start, end), replacing the partitions that are there."""
     with clear_errors():
@@ -90,25 +91,25 @@ def fetch_all(
     end: End,
     symbol: SymbolNames = None,
     refetch: Annotated[
-        str, typer.Option(help="absent: what is not there; incomplete: also what lacks rows; all: everything again.")
+        Refetch, typer.Option(help="absent: what is not there; incomplete: also what lacks rows; all: everything again.")
     ] = "absent",
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Fetch everything of the UTC days [start, end), years at once: candles of all timeframes and CoinGecko's points.
 
-    Run it again after whatever stopped it: it goes on where it was. What is stored is never lost by fetching it again."""
+    Run it again after whatever stopped it: with absent it goes on where it was.
+    Nothing stored is lost: where a source now serves less, the partition is kept."""
     with clear_errors():
         config, lake = open_lake()
         symbols = _symbols(config, symbol)
-        options: dict[str, Any] = {"refetch": refetch}
         # of all symbols before the first request: a wrong one must not be found out after hours
-        plan = ingest.plan_load(config, lake, symbols, start, end, refetch=options["refetch"] if dry_run else "all")
+        plan = ingest.plan_load(config, lake, symbols, start, end, refetch=refetch if dry_run else "all")
         if dry_run:
             _show_plan(plan, as_json)
             return
         with meter() as progress:
-            loaded = {name: ingest.load(config, lake, name, start, end, progress=progress, **options) for name in symbols}
+            loaded = {name: ingest.load(config, lake, name, start, end, refetch=refetch, progress=progress) for name in symbols}
         text = "\n".join(
             f"{name}: {done['fetched']} partitions fetched, {done['present']} there; {done['rows']} rows, {done['missing']} absent"
             + _outcomes(done["outcomes"], "fetched")
@@ -122,11 +123,15 @@ def fetch_heal(
     start: Start,
     end: End,
     symbol: SymbolNames = None,
-    every: Annotated[bool, typer.Option("--every", help="Also days whose missing minutes the gap record calls no trade.")] = False,
+    every: Annotated[bool, typer.Option("--every", help="Also days that lack only minutes in which nobody traded.")] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch the incomplete days of [start, end) again. What is stored is kept where the exchange now serves less."""
+    """Fetch the candles of the incomplete days of [start, end) again: those that lack more than minutes without a trade.
+
+    Nothing stored is lost: where the exchange serves less now, the partition is
+    kept. What it never served stays missing. Both are shown, and are no error.
+    Afterwards `crpbot gaps` renews the record."""
     with clear_errors():
         config, lake = open_lake()
         symbols = _symbols(config, symbol)
@@ -156,7 +161,7 @@ def coverage(
     start: Start,
     end: End,
     symbol: SymbolNames = None,
-    timeframe: Annotated[list[str] | None, typer.Option(help="1m (if none is named), 5m, 15m or 1h; may be repeated.")] = None,
+    timeframe: Annotated[list[str] | None, typer.Option(help="1m, 5m, 15m or 1h; may be repeated. Without it: 1m.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what the lake has of the candles of the UTC days [start, end): a month a row, a day a cell, then the incomplete days."""
@@ -175,11 +180,14 @@ def coverage(
 
 
 def gaps(start: Start, end: End, symbol: SymbolNames = None, as_json: AsJson = False) -> None:
-    """Tell the minutes without a candle in the UTC days [start, end) as outage or no trade, and keep the record in the lake."""
+    """Tell the minutes without a candle in the UTC days [start, end) as outage or no trade, and keep the record in the lake.
+
+    All symbols are compared and recorded, since an outage shows in all at once;
+    --symbol says which are shown."""
     with clear_errors():
         config, lake = open_lake()
         summary = quality.gaps(config, lake, _symbols(config, symbol), start, end)
-        record = quality.read_gaps(lake, start, end)
+        record = [gap for gap in quality.read_gaps(lake, start, end) if gap["symbol"] in summary["symbols"]]
         if as_json:
             typer.echo(json.dumps({**summary, "gaps": record}))
             return
