@@ -7,24 +7,25 @@ trade, over the whole interval and all symbols) → `report` (how much of each s
 The partitions are the same, byte for byte, as those of the daily runs of `market_data`, and the symbols share the machine's rate
 limits. What was stored before is never lost: where a source now serves less, the stored partition is kept.
 
-**Parameters.** `start`, `end`: UTC days, `[start, end)`. `symbols`: which to load. `refetch`: `absent` fetches the partitions that
-are not there, `incomplete` also those that lack a row, `all` everything again.
+**Parameters.** `start`, `end`: UTC days, `[start, end)`, all of them over. `symbols`: which to load. `refetch`: `absent` fetches
+the partitions that are not there, `incomplete` also those that lack a row, `all` everything again.
 
-**When it fails:** clear the failed task. `load` goes on where it stopped, nothing half-written stays.
+**When it fails:** the task log says what to do; `plan` fails before anything is fetched. Clear the failed task: with `absent`,
+`load` goes on where it stopped. Nothing half-written stays.
 """
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from airflow.sdk import Param, dag, task
-from airflow.sdk.exceptions import AirflowFailException
 
-from crpbot_airflow.defaults import Tag, default_args, run_step
+from crpbot_airflow.defaults import Tag, default_args, interval, run_step, symbols_schema
 from crpbot_lib.config import settings
 
 SYMBOLS = [symbol.name for symbol in settings().symbols]
+REFETCH = {"absent": "those not there", "incomplete": "also those that lack a row", "all": "all of them, again"}
 
 
 @dag(
@@ -34,10 +35,12 @@ SYMBOLS = [symbol.name for symbol in settings().symbols]
     max_active_runs=1,
     default_args=default_args(),
     params={
-        "start": Param("", type="string", description="first UTC day, e.g. 2023-11-10"),
-        "end": Param("", type="string", description="day after the last UTC day"),
-        "symbols": Param(SYMBOLS, type="array", items={"type": "string", "enum": SYMBOLS}, description="what to load"),
-        "refetch": Param("absent", type="string", enum=["absent", "incomplete", "all"], description="what of it to fetch"),
+        "start": Param(type="string", format="date", description="first UTC day, e.g. 2023-11-10"),
+        "end": Param(type="string", format="date", description="UTC day after the last one; it must be over"),
+        "symbols": Param(SYMBOLS, **symbols_schema(SYMBOLS), description="what to load"),
+        "refetch": Param(
+            "absent", type="string", enum=list(REFETCH), values_display=REFETCH, description="which partitions to fetch"
+        ),
     },
     doc_md=__doc__,
     tags=[Tag.DATA],
@@ -45,21 +48,11 @@ SYMBOLS = [symbol.name for symbol in settings().symbols]
 def market_data_range() -> None:
     @task
     def plan(params: dict[str, Any]) -> dict[str, Any]:
-        """The interval and the symbols, checked; everything after takes them from here."""
+        """Checks the parameters, says what it will take; everything after takes them from here."""
         from crpbot_lib.steps import ingest
 
-        try:
-            start, end = date.fromisoformat(params["start"]), date.fromisoformat(params["end"])
-        except ValueError as error:
-            raise AirflowFailException(
-                f"start={params['start']!r}, end={params['end']!r}: expected days like 2025-05-26"
-            ) from error
-        if not params["symbols"]:
-            raise AirflowFailException("symbols is empty: name at least one of " + ", ".join(SYMBOLS))
-        estimate = run_step(ingest.plan_load, params["symbols"], start, end, refetch=params["refetch"])
-        return {"start": params["start"], "end": params["end"], "symbols": params["symbols"], "refetch": params["refetch"]} | {
-            name: estimate[name] for name in ("present", "partitions", "requests", "seconds")
-        }
+        estimate = run_step(ingest.plan_load, params["symbols"], *interval(params), refetch=params["refetch"])
+        return {**params} | {name: estimate[name] for name in ("present", "partitions", "requests", "seconds")}
 
     @task
     def symbols_of(range_plan: dict[str, Any]) -> list[str]:
@@ -69,22 +62,19 @@ def market_data_range() -> None:
     def load(symbol: str, range_plan: dict[str, Any]) -> dict[str, Any]:
         from crpbot_lib.steps import ingest
 
-        start, end = date.fromisoformat(range_plan["start"]), date.fromisoformat(range_plan["end"])
-        return run_step(ingest.load, symbol, start, end, refetch=range_plan["refetch"])
+        return run_step(ingest.load, symbol, *interval(range_plan), refetch=range_plan["refetch"])
 
     @task
     def gaps(range_plan: dict[str, Any]) -> dict[str, Any]:
         from crpbot_lib.steps import quality
 
-        start, end = date.fromisoformat(range_plan["start"]), date.fromisoformat(range_plan["end"])
-        return run_step(quality.gaps, range_plan["symbols"], start, end)
+        return run_step(quality.gaps, range_plan["symbols"], *interval(range_plan))
 
     @task
     def report(symbol: str, range_plan: dict[str, Any]) -> dict[str, Any]:
         from crpbot_lib.steps import quality
 
-        start, end = date.fromisoformat(range_plan["start"]), date.fromisoformat(range_plan["end"])
-        return run_step(quality.report, symbol, start, end)
+        return run_step(quality.report, symbol, *interval(range_plan))
 
     range_plan = plan()
     symbols = symbols_of(range_plan)

@@ -30,7 +30,7 @@ from typing import Any
 from airflow.sdk import CronTriggerTimetable, Param, dag, task
 from airflow.sdk.exceptions import AirflowFailException
 
-from crpbot_airflow.defaults import MODELS_ASSET, Tag, default_args, run_step, scheduled
+from crpbot_airflow.defaults import MODELS_ASSET, Tag, default_args, interval, run_step, scheduled, symbols_schema
 from crpbot_airflow.operators import LaunchTrainingInstance, TerminateRunInstances, TrainOnInstance
 from crpbot_lib.config import settings
 
@@ -47,7 +47,7 @@ SYMBOLS = [symbol.name for symbol in settings().symbols]
     params={
         "start": Param("", type="string", description="first UTC day, e.g. 2025-05-26; empty: end - training.days"),
         "end": Param("", type="string", description="day after the last UTC day; empty: the day of the run"),
-        "symbols": Param(SYMBOLS, type="array", items={"type": "string", "enum": SYMBOLS}, description="what to train"),
+        "symbols": Param(SYMBOLS, **symbols_schema(SYMBOLS), description="what to train"),
         "smoke": Param(settings().training.smoke, type="boolean", description="few steps, small model, no GPU needed"),
     },
     doc_md=__doc__,
@@ -66,8 +66,6 @@ def retrain() -> None:
             ) from error
         if start >= end:
             raise AirflowFailException(f"start={start} is not before end={end}: nothing to train on; correct the run's parameters")
-        if not params["symbols"]:
-            raise AirflowFailException("symbols is empty: name at least one of " + ", ".join(SYMBOLS))
         # the slug alone may be cut or collide; the hash of the whole run id may not
         slug = re.sub(r"[^a-z0-9]+", "-", dag_run.run_id.lower()).strip("-")[:40].strip("-")
         run = f"{end.isoformat()}-{slug}-{hashlib.sha256(dag_run.run_id.encode()).hexdigest()[:8]}"
@@ -87,22 +85,19 @@ def retrain() -> None:
     def ensure_coverage(symbol: str, run_plan: dict[str, Any]) -> dict[str, Any]:
         from crpbot_lib.steps import ingest
 
-        start, end = date.fromisoformat(run_plan["start"]), date.fromisoformat(run_plan["end"])
-        return run_step(ingest.ensure_coverage, symbol, start, end)
+        return run_step(ingest.ensure_coverage, symbol, *interval(run_plan))
 
     @task
     def gaps(run_plan: dict[str, Any]) -> dict[str, Any]:
         from crpbot_lib.steps import quality
 
-        start, end = date.fromisoformat(run_plan["start"]), date.fromisoformat(run_plan["end"])
-        return run_step(quality.gaps, run_plan["symbols"], start, end)
+        return run_step(quality.gaps, run_plan["symbols"], *interval(run_plan))
 
     @task
     def plan_features(run_plan: dict[str, Any]) -> dict[str, Any]:
         from crpbot_lib.steps import features
 
-        start, end = date.fromisoformat(run_plan["start"]), date.fromisoformat(run_plan["end"])
-        return run_step(features.plan_features, run_plan["symbols"], start, end)
+        return run_step(features.plan_features, run_plan["symbols"], *interval(run_plan))
 
     @task
     def build_features(symbol: str, feature_plan: dict[str, Any]) -> dict[str, Any]:

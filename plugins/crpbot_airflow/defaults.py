@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import date, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -45,6 +45,22 @@ def default_args() -> dict[str, Any]:
         "max_retry_delay": timedelta(minutes=15),
         "execution_timeout": timedelta(hours=2),
     }
+
+
+def symbols_schema(known: list[str]) -> dict[str, Any]:
+    """Of a parameter that names some of the ``known`` symbols: a list to choose from in the UI, refused before the run if wrong."""
+    return {
+        "type": "array",
+        "items": {"type": "string", "enum": known},
+        "examples": known,
+        "minItems": 1,
+        "uniqueItems": True,
+    }
+
+
+def interval(params: dict[str, Any]) -> tuple[date, date]:
+    """The UTC days ``start`` and ``end`` of a run's parameters."""
+    return date.fromisoformat(params["start"]), date.fromisoformat(params["end"])
 
 
 def run_step(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
