@@ -11,8 +11,8 @@ def candles(timeframe: str, symbol: str, day: date) -> str:
 
 
 def coingecko(series: str, coin: str, day: date) -> str:
-    """CoinGecko points of one coin. ``hourly``: the points of that UTC day. ``daily``: the daily history from the coin's listing
-    up to and including the point of that day, so that one partition holds all that was known then."""
+    """CoinGecko points of one coin. ``hourly``: the points of that UTC day. ``daily``: the daily history from the coin's listing,
+    or what features need of it where the plan is short, up to and including the point of that day."""
     return f"raw/coingecko/{series}/coin={coin}/date={day.isoformat()}/points.parquet"
 
 
