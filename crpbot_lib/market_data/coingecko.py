@@ -2,7 +2,7 @@
 
 The API: ``GET /coins/{id}/market_chart/range?vs_currency&from&to`` answers three arrays of ``[UNIX milliseconds, value or null]``.
 Stamps may lie seconds or minutes off their hour or day, and the last point may be "now", which is no point of the series. The
-parameter ``interval`` is left out: whom it is allowed to has changed more than once. Without it the range decides, on every plan:
+parameter ``interval`` is left out: which plans may use it has changed more than once. Without it the range decides, on every plan:
 5-minutely within the last day, hourly up to 90 days, daily (00:00 UTC) above.
 """
 

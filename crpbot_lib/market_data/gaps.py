@@ -32,8 +32,8 @@ BESIDE = timedelta(days=1)
 
 MINUTES_PER_YEAR = 365 * 24 * 60
 CHANCE_PER_YEAR = 1e-3
-"""Fewer minutes a year than this in which all symbols would be silent by chance: then it is no chance. The least likely silence of
-all that thin markets had is 45 times as likely, the two real breaks less than 1e-80 times."""
+"""All symbols silent at once is an outage where chance would give fewer such minutes a year than this. In the thin markets at hand
+the least likely common silence has 0.045 a year, 45 times as many; the two real breaks have less than 1e-80."""
 
 HOLE_SCHEMA: dict[str, pl.DataType] = {
     "start": TIMESTAMP,

@@ -283,11 +283,11 @@ def _after(error: MarketDataError) -> str:
 
 def _may_pass(status: int, code: int | None, body: Any) -> bool:
     """Whether the same request may succeed later."""
-    if status != 200:
+    if status >= 300:
         return status in (408, 425, 429) or status >= 500
     if body is None:
         return True
-    # a 200 that is an error all the same: only a code of the 4xx, or one of CoinGecko's own (10002 …), blames the request
+    # a success that is an error all the same: only a code of the 4xx, or one of CoinGecko's own (10002 …), blames the request
     return isinstance(body, dict) and (code is None or code < 400 or code in (408, 425, 429) or 500 <= code < 600)
 
 

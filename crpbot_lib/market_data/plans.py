@@ -19,7 +19,7 @@ class Plan:
 
     @property
     def requests_per_second(self) -> float:
-        """One a minute fewer than allowed: the minute that is counted from one request to its like holds both."""
+        """One a minute fewer than allowed: a minute that begins with one request and ends with another counts both."""
         return (self.requests_per_minute - 1) / 60
 
 

@@ -271,6 +271,13 @@ def test_the_recorded_errors_are_one_clear_error_each(wire: Any, market_data_dir
     assert market_data_dir is None or len(errors) >= 12
 
 
+def test_a_success_without_an_answer_is_tried_again(wire: Any, client: HttpClient) -> None:
+    for status, body in [(202, {"accepted": True}), (204, ""), (206, '{"ok"')]:
+        wire.says(status, body)
+    wire.says(200, {"ok": 1})
+    assert client.get("/x", {}) == {"ok": 1}
+
+
 @pytest.mark.parametrize(
     "body",
     [

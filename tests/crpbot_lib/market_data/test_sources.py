@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,17 @@ def test_without_a_setting_host_and_rate_are_the_plans(tmp_path: Path) -> None:
     assert market.coingecko._http._limiter._spacing == pytest.approx(15)
 
 
-def test_the_time_limit(wire: Any, tmp_path: Path) -> None:
-    market = MarketData(settings(wire, tmp_path, http_timeout_seconds=2.5))
-    assert market.coinbase._http._timeout == (2.5, 2.5)
-    assert market.coingecko._http._total == 7.5
+def test_the_time_limit(wire: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    market = MarketData(settings(wire, tmp_path, http_timeout_seconds=0.1), now=lambda: NOW, backoff=0.001)
+    asks: dict[str, Callable[[], Any]] = {
+        "Coinbase": lambda: market.candles("BTC-USD", "1m", START, START + timedelta(hours=1)),
+        "CoinGecko": lambda: market.all_time_high("bitcoin"),
+    }
+    for source, ask in asks.items():
+        wire.script.append(lambda _handler: time.sleep(0.5))
+        wire.says(404, {"error": "not here"})
+        with pytest.raises(MarketDataError, match="404: not here"):
+            ask()
+        assert f"{source}: GET" in caplog.text
+        assert "Read timed out. (read timeout=0.1)" in caplog.text
+        caplog.clear()
