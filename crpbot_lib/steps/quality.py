@@ -16,6 +16,7 @@ from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
 from crpbot_lib.market_data import QualityError
 from crpbot_lib.market_data.frames import CANDLE_SCHEMA, SERIES_WIDTH, width
 from crpbot_lib.market_data.gaps import MINUTE_COLUMNS, WIDER_COLUMNS, classify, holes
+from crpbot_lib.market_data.progress import Progress
 from crpbot_lib.market_data.quality import Coverage, Finding, check_candles, check_points, compare, suspicious
 from crpbot_lib.market_data.quality import coverage as cover
 from crpbot_lib.steps.days import DAY, check_interval, days_of, first_daily_day, midnight
@@ -115,6 +116,7 @@ def tell_gaps(settings: Settings, lake: Lake, start: date, end: date) -> tuple[p
     """
     found: dict[str, pl.DataFrame] = {}
     not_fetched: dict[str, int] = {}
+    progress = Progress(log, f"gaps of {start} to {end}", len(settings.symbols), "symbols")
     for symbol in (entry.name for entry in settings.symbols):
         days, minutes = _columns(lake, symbol, "1m", start, end, MINUTE_COLUMNS)
         wider: dict[str, pl.DataFrame] = {
@@ -122,6 +124,7 @@ def tell_gaps(settings: Settings, lake: Lake, start: date, end: date) -> tuple[p
         }
         not_fetched[symbol] = (end - start) // DAY - sum(start <= day < end for day in days)
         found[symbol] = holes(minutes, wider, midnight(start), midnight(end), fetched=days)
+        progress.done(len(found))
     return classify(found), not_fetched
 
 
