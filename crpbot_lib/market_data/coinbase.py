@@ -123,6 +123,7 @@ class CoinbaseClient:
                 raise MarketDataError(
                     f"Coinbase: {symbol} {timeframe} at {at:%Y-%m-%d %H:%M}: two candles in one answer: {rows[opens]} and {row}"
                 )
+        # one candle beyond either end may be a matter of how the ends are counted
         if not rows and len(items) > 2:
             asked = f"[{start:%Y-%m-%d %H:%M}, {end:%Y-%m-%d %H:%M})"
             raise MarketDataError(
