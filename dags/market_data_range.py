@@ -2,7 +2,8 @@
 
 Loads the days `[start, end)` of market data at once, years of them in one run: `plan` (checks the parameters, says how many
 requests it will take) → `load` (a task per symbol; its log says how far it is) → `gaps` (tells outages from minutes without a
-trade, over the whole interval and all symbols) → `report` (how much of each symbol is there).
+trade, over the whole interval and all symbols) → `report` (how much of each symbol is there, whether its 5m, 15m and 1h candles are
+what its minutes add up to, and what looks frozen or like a spike).
 
 The partitions are the same, byte for byte, as those of the daily runs of `market_data`, and the symbols share the machine's rate
 limits. What was stored before is never lost: where a source now serves less, the stored partition is kept.

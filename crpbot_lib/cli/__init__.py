@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from crpbot_lib.cli.data import coverage, fetch, gaps
+from crpbot_lib.cli.data import check, coverage, fetch, gaps
 from crpbot_lib.cli.features import app as features
 from crpbot_lib.cli.gpu import app as gpu
 from crpbot_lib.cli.models import app as models
@@ -18,6 +18,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Th
 app.add_typer(fetch, name="fetch")
 app.command()(coverage)
 app.command()(gaps)
+app.command()(check)
 app.add_typer(features, name="features")
 app.add_typer(gpu, name="gpu")
 app.add_typer(models, name="models")

@@ -205,6 +205,28 @@ def gaps(start: Start, end: End, symbol: SymbolNames = None, as_json: AsJson = F
             )
 
 
+def check(start: Start, end: End, symbol: SymbolNames = None, as_json: AsJson = False) -> None:
+    """Judge the stored candles of the UTC days [start, end).
+
+    Whether they can be true, whether the 5m, 15m and 1h candles are what the minutes add
+    up to, and what looks frozen or like a spike. Fails where a partition is broken."""
+    with clear_errors():
+        config, lake = open_lake()
+        reports = [quality.report(config, lake, name, start, end) for name in _symbols(config, symbol)]
+        if as_json:
+            typer.echo(json.dumps(reports))
+            return
+        table = Table("symbol", "timeframe", "days", "rows", "missing", "not as the 1m", "largest difference", "frozen", "spikes")
+        for told in reports:
+            for timeframe, of in told["timeframes"].items():
+                days = sum(of[state] for state in ("complete", "partial", "empty"))
+                off = max(of.get("columns", {}).items(), key=lambda item: item[1]["largest"], default=None)
+                largest = f"{off[0]} {off[1]['largest']:.3g} of it, {off[1]['at']}" if off else ""
+                counts = (days, of["rows"], of["missing"], of.get("differing", ""), largest, of["frozen"], of["spikes"])
+                table.add_row(told["symbol"], timeframe, *map(str, counts))
+        show_table(table)
+
+
 def _symbols(config: Settings, named: Sequence[str] | None) -> list[str]:
     """The symbols of the command line, each once; all of the configuration where none is named."""
     return [config.symbol(name).name for name in dict.fromkeys(named or [])] or [s.name for s in config.symbols]

@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from crpbot_lib.config import TIMEFRAMES, Settings, Symbol
+from crpbot_lib.config import TIMEFRAMES, Settings, Symbol, Timeframe
 from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
 from crpbot_lib.market_data import QualityError
 from crpbot_lib.market_data.frames import CANDLE_SCHEMA, SERIES_WIDTH, width
@@ -60,19 +60,60 @@ def coverage(settings: Settings, lake: Lake, symbol: str, timeframe: str, start:
 
 
 def report(settings: Settings, lake: Lake, symbol: str, start: date, end: date) -> Summary:
-    """The totals of ``coverage`` of each timeframe, a log line each: ``days, complete, partial, empty, absent, rows, missing``."""
-    totals: Summary = {}
-    for timeframe in TIMEFRAMES:
-        found = coverage(settings, lake, symbol, timeframe, start, end)
-        states = [day["state"] for day in found["days"]]
-        counts = {state: states.count(state) for state in ("complete", "partial", "empty", "absent")}
-        totals[timeframe] = {"days": len(states), **counts, "rows": found["rows"], "missing": found["missing"]}
+    """Judges the stored candles of the UTC days ``[start, end)``, each day as ``check_quality`` does; a log line a timeframe.
+
+    Returns per timeframe ``complete, partial, empty, absent`` (days), ``rows, missing`` (candles), ``frozen, spikes`` (stretches);
+    of the wider ones also ``differing``, the candles that disagree with the 1m, and ``columns``, per column the largest relative
+    difference and where it is. QualityError lists the partitions that cannot be read or cannot be true; absent ones do not fail.
+    """
+    settings.symbol(symbol)
+    check_interval(start, end)
+    stored = {key for timeframe in TIMEFRAMES for key in lake.keys(keys.partitions(keys.candles(timeframe, symbol, start)))}
+    days = list(days_of(start, end))
+    progress = Progress(log, f"{symbol} {start} to {end}", len(days), "days judged")
+    problems: list[str] = []
+    totals: dict[Timeframe, Summary] = {
+        timeframe: dict.fromkeys(("complete", "partial", "empty", "absent", "rows", "missing", "frozen", "spikes"), 0)
+        for timeframe in TIMEFRAMES
+    }
+    for timeframe in TIMEFRAMES[1:]:
+        totals[timeframe] |= {"differing": 0, "columns": {}}
+
+    def judge(day: date) -> Summary:
+        return _judge_candles(lake, symbol, day, [tf for tf in TIMEFRAMES if keys.candles(tf, symbol, day) in stored], problems)
+
+    with ThreadPoolExecutor(IN_PARALLEL) as pool:
+        for count, (day, judged) in enumerate(zip(days, pool.map(judge, days), strict=True), 1):
+            for timeframe, total in totals.items():
+                if timeframe in judged:
+                    _add(total, judged[timeframe])
+                elif keys.candles(timeframe, symbol, day) not in stored:
+                    total["absent"] += 1
+                    total["missing"] += DAY // width(timeframe)
+            progress.done(count)
+    for timeframe, total in totals.items():
+        states = ", ".join(f"{total[state]} days {state}" for state in ("complete", "partial", "empty", "absent") if total[state])
         log.info(
-            "%s %s %s to %s: %s; %d rows, %d missing",
-            *(symbol, timeframe, start, end, ", ".join(f"{n} days {state}" for state, n in counts.items() if n)),
-            *(found["rows"], found["missing"]),
+            "%s %s %s to %s: %s; %d rows, %d missing; %d frozen stretches, %d spikes%s",
+            *(symbol, timeframe, start, end, states, total["rows"], total["missing"], total["frozen"], total["spikes"]),
+            "" if timeframe == "1m" else f"; {total['differing']} disagree with the 1m{_largest({timeframe: total})}",
         )
+    _raise(problems, f"{symbol} {start} to {end}", "crpbot fetch heal fetches them again")
     return {"symbol": symbol, "start": start.isoformat(), "end": end.isoformat(), "timeframes": totals}
+
+
+def _add(total: Summary, day: Summary) -> None:
+    """Adds what ``_judge_candles`` says of one day and timeframe."""
+    total["empty" if day["rows"] == 0 else "partial" if day["missing"] else "complete"] += 1
+    total["rows"] += day["rows"]
+    total["missing"] += day["missing"]
+    total["frozen"] += day["suspicious"]["frozen"]
+    total["spikes"] += day["suspicious"]["spike"]
+    if against := day.get("against_1m"):
+        total["differing"] += _disagreeing(against)
+        for column, off in against["columns"].items():
+            if off["largest"] > total["columns"].get(column, {"largest": 0})["largest"]:
+                total["columns"][column] = {name: off[name] for name in ("largest", "at", "absolute")}
 
 
 def gaps(settings: Settings, lake: Lake, symbols: Sequence[str], start: date, end: date) -> Summary:
@@ -150,16 +191,14 @@ def check_quality(settings: Settings, lake: Lake, symbols: list[str], day: date)
     for name in symbols:
         entry = settings.symbol(name)
         report[name] = {
-            "candles": _judge_candles(lake, name, day, problems),
+            "candles": _judge_candles(lake, name, day, TIMEFRAMES, problems),
             "coingecko": _judge_points(settings, lake, entry, day, problems),
         }
+        if report[name]["candles"].get("1m", {}).get("rows") == 0:
+            problems.append(f"{lake.url(keys.candles('1m', name, day))}: the exchange served not one candle of the day")
     key = keys.quality(day)
     lake.write_json(key, {"day": day.isoformat(), "passed": not problems, "problems": problems, "symbols": report})
-    if problems:
-        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise QualityError(
-            f"{day}: {len(problems)} partitions are absent or broken: {shown}. Fetch them again; the record is {lake.url(key)}"
-        )
+    _raise(problems, f"{day}", f"fetch them again; the record is {lake.url(key)}")
 
     per_symbol: dict[str, Summary] = {}
     for name, judged in report.items():
@@ -169,7 +208,7 @@ def check_quality(settings: Settings, lake: Lake, symbols: list[str], day: date)
             "rows": minutes["rows"],
             "missing": minutes["missing"],
             "gaps": len(minutes["gaps"]),
-            "differing": sum(d["differing"] + d["only_fetched"] + d["only_resampled"] for d in differing.values()),
+            "differing": sum(_disagreeing(against) for against in differing.values()),
             "frozen": minutes["suspicious"]["frozen"],
             "spikes": minutes["suspicious"]["spike"],
         }
@@ -216,11 +255,12 @@ def _gaps_of(record: pl.DataFrame, symbol: str) -> Summary:
     }
 
 
-def _judge_candles(lake: Lake, symbol: str, day: date, problems: list[str]) -> Summary:
+def _judge_candles(lake: Lake, symbol: str, day: date, timeframes: Sequence[str], problems: list[str]) -> Summary:
+    """What one day's partitions of ``timeframes`` hold; those that are absent or cannot be true are told in ``problems``."""
     judged: Summary = {}
     minutes: pl.DataFrame | None = None
     start, end = midnight(day), midnight(day + DAY)
-    for timeframe in TIMEFRAMES:
+    for timeframe in timeframes:
         key = keys.candles(timeframe, symbol, day)
         frame = _read(lake, key, problems, lambda f, k=key, tf=timeframe: check_candles(f, tf, start, end, lake.url(k)))  # type: ignore[misc]
         if frame is None:
@@ -229,8 +269,6 @@ def _judge_candles(lake: Lake, symbol: str, day: date, problems: list[str]) -> S
         judged[timeframe] = {**_counts(cover(frame, width(timeframe), start, end)), "suspicious": _suspicious(found)}
         if timeframe == "1m":
             minutes = frame
-            if frame.is_empty():
-                problems.append(f"{lake.url(key)}: the exchange served not one candle of the day")
         elif minutes is not None:
             judged[timeframe]["against_1m"] = compare(minutes, frame, timeframe)
     return judged
@@ -281,6 +319,17 @@ def _read(lake: Lake, key: str, problems: list[str], check: Callable[[pl.DataFra
         problems.append(str(error))
         return None
     return frame
+
+
+def _raise(problems: Sequence[str], what: str, remedy: str) -> None:
+    if problems:
+        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+        raise QualityError(f"{what}: {len(problems)} partitions are absent or broken: {shown}. What to do: {remedy}")
+
+
+def _disagreeing(against: Summary) -> int:
+    """Wider candles that are not what the 1m candles add up to, those that one of the two lacks included."""
+    return int(against["differing"] + against["only_fetched"] + against["only_resampled"])
 
 
 def _largest(comparisons: Mapping[Any, Summary]) -> str:

@@ -1,4 +1,4 @@
-"""``crpbot fetch``, ``coverage`` and ``gaps``: days in, numbers out, one line on stderr when it cannot be done."""
+"""``crpbot fetch``, ``coverage``, ``gaps`` and ``check``: days in, numbers out, one line on stderr when it cannot be done."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ app = typer.Typer()
 app.add_typer(data.fetch, name="fetch")
 app.command("coverage")(data.coverage)
 app.command("gaps")(data.gaps)
+app.command("check")(data.check)
 
 INTERVAL = ("--start", "2025-05-05", "--end", "2025-05-07")
 
@@ -144,6 +145,18 @@ def test_gaps_are_told_and_kept(wire: Any, tmp_path: Path) -> None:
     as_json = json.loads(crpbot("gaps", "--symbol", "BTC-USD", *INTERVAL, "--json").stdout)
     assert [(gap["start"], gap["minutes"], gap["kind"]) for gap in as_json["gaps"]] == [("2025-05-06T03:00:00Z", 60, "outage")]
     assert len(list(tmp_path.rglob("gaps.parquet"))) == 1
+
+
+def test_check_shows_where_wider_candles_are_not_what_the_minutes_add_up_to(wire: Any) -> None:
+    noon = pl.col("timestamp") == datetime(2025, 5, 6, 12, tzinfo=UTC)
+    wide = wire.candles["BTC-USD", "1h"]
+    wire.candles["BTC-USD", "1h"] = wide.with_columns(volume=pl.when(noon).then(pl.col("volume") * 4).otherwise("volume"))
+    fetch_all()
+    result = crpbot("check", "--symbol", "BTC-USD", *INTERVAL)
+    assert result.exit_code == 0, result.stderr
+    assert "│ 1h        │ 2    │ 48   │ 0       │ 1             │ volume 0.75 of it, 2025-05-06T12:00:00Z │" in result.stdout
+    [told] = json.loads(crpbot("check", "--symbol", "BTC-USD", *INTERVAL, "--json").stdout)
+    assert [told["timeframes"][tf]["differing"] for tf in ("5m", "15m", "1h")] == [0, 0, 1]
 
 
 def test_an_interrupted_command_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,5 +244,28 @@ def test_a_report_counts_days_by_state(settings: Settings, lake: Lake, wire: Any
     without(wire, "1m", MIDNIGHT, MIDNIGHT + HOUR)
     ingest.load(settings, lake, "BTC-USD", DAY - ONE, DAY + ONE, coingecko=False, market=market)
     got = quality.report(settings, lake, "BTC-USD", DAY - ONE, DAY + 2 * ONE)["timeframes"]
-    assert got["1m"] == {"days": 3, "complete": 1, "partial": 1, "empty": 0, "absent": 1, "rows": 2820, "missing": 60 + 1440}
+    minutes = {name: got["1m"][name] for name in ("complete", "partial", "empty", "absent", "rows", "missing")}
+    assert minutes == {"complete": 1, "partial": 1, "empty": 0, "absent": 1, "rows": 2820, "missing": 60 + 1440}
     assert got["1h"]["complete"] == 2
+
+
+def test_a_report_says_how_far_the_wider_candles_are_from_the_minutes(
+    settings: Settings, lake: Lake, wire: Any, market: MarketData
+) -> None:
+    wide = wire.candles["BTC-USD", "15m"]
+    noon = pl.col("timestamp") == MIDNIGHT + 12 * HOUR
+    doubled = pl.when(noon).then(pl.col("volume") * 2).otherwise("volume")
+    wire.candles["BTC-USD", "15m"] = wide.with_columns(volume=doubled).filter(pl.col("timestamp") != MIDNIGHT + 13 * HOUR)
+    ingest.load(settings, lake, "BTC-USD", DAY - ONE, DAY + ONE, coingecko=False, market=market)
+    got = quality.report(settings, lake, "BTC-USD", DAY - ONE, DAY + ONE)["timeframes"]
+    assert (got["5m"]["differing"], got["15m"]["differing"], got["1h"]["differing"]) == (0, 2, 0)
+    assert got["15m"]["columns"]["volume"]["largest"] == pytest.approx(0.5)
+    assert got["15m"]["columns"]["volume"]["at"] == "2025-05-07T12:00:00Z"
+
+
+def test_a_report_fails_on_a_partition_that_cannot_be_true_and_names_it(settings: Settings, lake: Lake, market: MarketData) -> None:
+    ingest.load(settings, lake, "BTC-USD", DAY, DAY + ONE, coingecko=False, market=market)
+    key = keys.candles("5m", "BTC-USD", DAY)
+    lake.write_frame(key, lake.read_frame(key).with_columns(high=pl.col("low") - 1))
+    with pytest.raises(QualityError, match=r"1 partitions are absent or broken: .*candles/5m/symbol=BTC-USD/date=2025-05-07"):
+        quality.report(settings, lake, "BTC-USD", DAY, DAY + ONE)
