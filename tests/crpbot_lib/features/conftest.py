@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 
 from crpbot_lib.config import ALL_GROUPS
+from crpbot_lib.features import engineer as engine
 from crpbot_lib.features.engineer import Engineered, engineer
 
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
@@ -55,7 +56,8 @@ class Market:
             width: frame.filter(pl.col("timestamp") + WIDTHS.get(width, MINUTE) <= cut) for width, frame in self.candles.items()
         }
         hourly, daily = (frame.filter(pl.col("available_at") <= cut) for frame in (self.hourly, self.daily))
-        return replace(self, candles=closed, hourly=hourly, daily=daily)
+        records = [record for record in self.all_time_high or [] if record[1] <= cut]
+        return replace(self, candles=closed, hourly=hourly, daily=daily, all_time_high=records)
 
     def since(self, first: datetime, hourly_since: datetime | None = None) -> Market:
         """What a reader has who begins at ``first``."""
@@ -133,41 +135,136 @@ def _cut(frame: pl.DataFrame, start: datetime, end: datetime) -> pl.DataFrame:
     return frame.filter(pl.col("timestamp") >= start, pl.col("timestamp") < end)
 
 
-@pytest.fixture(scope="session")
-def outage_market(market_data_dir: Path | None, random_market: Callable[..., Market]) -> Market:
-    """Four days of BTC with a frozen market and an 80-minute outage on the third: real (Binance, 2023-03-24) where the data is at
-    hand, else generated with the same holes."""
-    frozen, gone, back = (datetime(2023, 3, 24, h, m, tzinfo=UTC) for h, m in ((11, 28), (12, 40), (14, 0)))
-    start, end = datetime(2023, 3, 22, tzinfo=UTC), datetime(2023, 3, 26, tzinfo=UTC)
-    if market_data_dir is None:
-        whole = random_market(4 * 1440, start=start)
-        flat = pl.col("timestamp").is_between(frozen, gone, closed="left")
-        price = whole.minutes.filter(pl.col("timestamp") < frozen)["close"][-1]
-        minutes = whole.minutes.filter(~pl.col("timestamp").is_between(gone, back, closed="left")).with_columns(
-            *(pl.when(flat).then(price).otherwise(pl.col(c)).alias(c) for c in ("open", "high", "low", "close")),
-            volume=pl.when(flat).then(0.0).otherwise(pl.col("volume")),
-        )
+@dataclass(frozen=True)
+class Span:
+    """Some days of one market of the real data, or of a generated one with the same holes where that is not at hand."""
+
+    name: str
+    folder: str
+    symbol: str
+    start: datetime
+    hours: int
+    frozen: tuple[datetime, int] | None = None
+    """From when for how many minutes the price stood still, volume 0."""
+    outage: tuple[datetime, int] | None = None
+    empty: float = 0.0
+    """The share of minutes without a trade."""
+    moved: int = 0
+    """By how many days CoinGecko's series are moved, where the real ones do not reach: no feature mixes them with candles."""
+
+    @property
+    def end(self) -> datetime:
+        return self.start + self.hours * HOUR
+
+    def market(self, data: Path | None, record: bool = True) -> Market:
+        """``record``: with an all-time high that a dated record sets in the middle of the span."""
+        market = self._generated() if data is None else self._real(data)
+        return replace(market, all_time_high=[(1e6, self.start + self.hours / 2 * HOUR)] if record else None)
+
+    def _real(self, data: Path) -> Market:
+        minutes = _cut(pl.read_parquet(data / self.folder / f"{self.symbol}.parquet"), self.start, self.end)
+        shift = self.moved * DAY
+        hours = pl.read_parquet(data / f"candles_mtf/binance_spot_2023-2025/{self.symbol}_1h.parquet")
+        # Binance's outage is none of CoinGecko's; the last price of an hour is stamped anywhere inside the next one
+        hours = hours.upsample("timestamp", every="1h").fill_null(strategy="forward")
+        stamp = pl.Series(np.random.default_rng(1).integers(0, 3540, hours.height))
+        hourly = hours.select(
+            timestamp=pl.col("timestamp") + HOUR + shift + pl.duration(seconds=stamp),
+            price="close",
+            market_cap=pl.col("close") * 1.9e7,
+            total_volume=(pl.col("close") * pl.col("volume")).rolling_sum(24),
+        ).drop_nulls()
+        hourly = _cut(hourly, self.start - 20 * DAY, self.end)
+        coin = {"BTC-USD": "bitcoin", "ETH-USD": "ethereum", "SOL-USD": "solana"}[self.symbol]
+        daily = pl.read_parquet(data / f"daily/{coin}.parquet").with_columns(pl.col("timestamp") + shift)
+        published = {"hourly": HOURLY_LAG, "daily": DAILY_LAG}
+        points = {
+            name: frame.with_columns(available_at=pl.col("timestamp") + published[name])
+            for name, frame in (("hourly", hourly), ("daily", daily.filter(pl.col("timestamp") < self.end)))
+        }
+        return Market(with_bars(minutes), **points)
+
+    def _generated(self) -> Market:
+        whole = _walk(self.hours * 60, len(self.name), self.start, 40)
+        minutes, at = whole.minutes, pl.col("timestamp")
+        if self.frozen:
+            since, count = self.frozen
+            still = at.is_between(since, since + count * MINUTE, closed="left")
+            price = minutes.filter(at < since)["close"][-1]
+            minutes = minutes.with_columns(
+                *(pl.when(still).then(price).otherwise(pl.col(c)).alias(c) for c in ("open", "high", "low", "close")),
+                volume=pl.when(still).then(0.0).otherwise("volume"),
+            )
+        if self.outage:
+            since, count = self.outage
+            minutes = minutes.filter(~at.is_between(since, since + count * MINUTE, closed="left"))
+        if self.empty:
+            minutes = minutes.filter(pl.Series(np.random.default_rng(3).random(minutes.height) > self.empty))
         return replace(whole, candles=with_bars(minutes))
-    minutes = _cut(pl.read_parquet(market_data_dir / "candles_1m_windows/binance_spot_2023-03/BTC-USD.parquet"), start, end)
-    hours = pl.read_parquet(market_data_dir / "candles_mtf/binance_spot_2023-2025/BTC-USD_1h.parquet")
-    # the real hour is missing in the candles; a close at its end stands for CoinGecko's point
-    prices = hours.select(timestamp=pl.col("timestamp") + HOUR + 2 * MINUTE, price="close")
-    hourly = points_from(
-        _cut(prices.upsample("timestamp", every="1h").fill_null(strategy="forward"), start - 30 * DAY, end), HOURLY_LAG
-    )
-    daily = pl.read_parquet(market_data_dir / "daily/bitcoin.parquet").with_columns(available_at=pl.col("timestamp") + DAILY_LAG)
-    return Market(with_bars(minutes), hourly, _cut(daily, datetime(2022, 1, 1, tzinfo=UTC), end))
+
+
+def _at(year: int, month: int, day: int, hour: int = 0, minute: int = 0) -> datetime:
+    return datetime(year, month, day, hour, minute, tzinfo=UTC)
+
+
+def _spans() -> list[Span]:
+    windows, spans = "candles_1m_windows/", []
+    frozen, gone = (_at(2023, 3, 24, 11, 28), 72), (_at(2023, 3, 24, 12, 40), 80)
+    for coin, empty, thin_since in (
+        ("BTC", 0.05, _at(2026, 2, 20, 8)),
+        ("ETH", 0.12, _at(2026, 2, 24)),
+        ("SOL", 0.28, _at(2026, 2, 24)),
+    ):
+        symbol = f"{coin}-USD"
+        march, september = windows + "binance_spot_2023-03", windows + "binance_spot_2021-09"
+        spans += [
+            Span(f"{coin} 2023-03", march, symbol, _at(2023, 3, 23, 22), 36, frozen, gone),
+            Span(f"{coin} 2021-09", september, symbol, _at(2021, 9, 28, 16), 36, None, (_at(2021, 9, 29, 7), 120), moved=-730),
+            Span(
+                f"{coin} thin",
+                windows + "coinbase_derivatives_perp_2026-02",
+                symbol,
+                thin_since,
+                36,
+                outage=(_at(2026, 2, 20, 22), 60),
+                empty=empty,
+                moved=365,
+            ),
+            Span(f"{coin} 2025-05", "candles_1m", symbol, _at(2025, 5, 23, 12), 24),
+        ]
+    return spans
+
+
+SPANS = _spans()
+"""Outages after a frozen market, outages, markets with 5, 12 and 28 % of their minutes empty and a break, and undisturbed ones."""
+
+
+@pytest.fixture(params=SPANS, ids=lambda span: span.name)
+def span(request: pytest.FixtureRequest) -> Span:
+    return request.param
+
+
+@pytest.fixture
+def real(span: Span, market_data_dir: Path | None) -> Market:
+    """Each of ``SPANS``."""
+    return span.market(market_data_dir)
+
+
+@pytest.fixture
+def before_the_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features come in Float64, as they are computed."""
+    monkeypatch.setattr(engine, "VALUE", pl.Float64())
 
 
 @pytest.fixture(scope="session")
-def thin_market(market_data_dir: Path | None, random_market: Callable[..., Market]) -> Market:
-    """Four days of a market in which 28 % of the minutes have no trade: real (a Coinbase derivative) where the data is at hand,
-    else generated. Without CoinGecko, whose features have nothing to do with it."""
-    if market_data_dir is None:
-        whole = random_market(4 * 1440, seed=3).minutes
-        minutes = whole.filter(pl.Series(np.random.default_rng(3).random(whole.height) > 0.28))
-    else:
-        minutes = pl.read_parquet(market_data_dir / "candles_1m_windows/coinbase_derivatives_perp_2026-02/SOL-USD.parquet")
-        minutes = _cut(minutes, datetime(2026, 2, 23, tzinfo=UTC), datetime(2026, 2, 27, tzinfo=UTC))
-    market = random_market(1440)
-    return replace(market, candles=with_bars(minutes), groups=("base", "multi_timeframe"))
+def outage_market(market_data_dir: Path | None) -> Market:
+    """Four days of BTC with a frozen market and an 80-minute outage on the third."""
+    return replace(SPANS[0], start=_at(2023, 3, 22), hours=96).market(market_data_dir, record=False)
+
+
+@pytest.fixture(scope="session")
+def thin_market(market_data_dir: Path | None) -> Market:
+    """Four days of SOL in which 28 % of the minutes have no trade, without CoinGecko, whose features have nothing to do with it."""
+    thin = next(s for s in SPANS if s.name == "SOL thin")
+    market = replace(thin, start=_at(2026, 2, 23), hours=96, outage=None).market(market_data_dir, record=False)
+    return replace(market, groups=("base", "multi_timeframe"))

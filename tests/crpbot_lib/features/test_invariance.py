@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,33 +15,6 @@ from crpbot_lib.config import ALL_GROUPS, Symbol
 from crpbot_lib.features import FeatureError, NoRowError, catalog, engineer, engineer_runtime_features
 
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
-CUTS = 15
-
-
-@pytest.mark.parametrize("name", ["outage_market", "thin_market"])
-def test_what_comes_later_changes_no_row(name: str, request: pytest.FixtureRequest) -> None:
-    market = request.getfixturevalue(name)
-    whole = market.frame()
-    draw = random.Random(7)
-    cuts = [t + MINUTE for t in draw.sample(whole["timestamp"].to_list(), CUTS)]
-    if name == "outage_market":
-        cuts += [datetime(2023, 3, 24, h, m, tzinfo=UTC) for h, m in ((12, 5), (12, 40), (13, 59), (14, 1))]
-    for cut in cuts:
-        known = market.known_at(cut)
-        then = known.frame()
-        # the minutes since the last candle are no rows yet: whether nobody traded or the exchange is down, the next one tells
-        later = whole.filter(pl.col("timestamp") <= known.minutes["timestamp"][-1])
-        assert_frame_equal(then, later, check_exact=True)
-
-
-def test_a_minute_without_a_trade_follows_from_the_past_alone(thin_market: Any) -> None:
-    """Rows that stand for minutes without a trade exist in the truncation as soon as the next candle has arrived."""
-    whole = thin_market.frame()
-    filled = whole.filter(~pl.col("timestamp").is_in(thin_market.minutes["timestamp"].implode()))
-    assert filled.height > 500
-    last = filled["timestamp"][-1]
-    following = thin_market.minutes.filter(pl.col("timestamp") > last)["timestamp"][0]
-    assert last in thin_market.known_at(following + MINUTE).frame()["timestamp"]
 
 
 def _differences(left: pl.DataFrame, right: pl.DataFrame) -> dict[str, float]:
