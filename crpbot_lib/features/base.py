@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from crpbot_lib.features.feature import Feature, ema, population_std, rsi, sma, wilder
+from crpbot_lib.features.feature import Feature, ema, population_std, rsi, share_at_most, slope, sma, wilder
 
 HIGH, LOW, CLOSE, VOLUME = pl.col("high"), pl.col("low"), pl.col("close"), pl.col("volume")
 SPREAD, ATR, VOLUME_MA, MACD, MACD_SIGNAL = (pl.col(c) for c in ("spread", "atr", "volume_ma", "macd", "macd_signal"))
@@ -19,16 +19,6 @@ RECURSIVE = 500
 REGIME = RECURSIVE + 100
 """The rank in the last 100 rows of something recursive."""
 LOW_BELOW, HIGH_ABOVE = 0.33, 0.67
-
-
-def _slope_of_20(values: pl.Expr) -> pl.Expr:
-    """Least-squares slope over the last 20 rows, per row.
-
-    The weights are antisymmetric, so the window is summed as ten weighted differences: exact 0 on a flat window, and none of the
-    cancellation of cumulative sums. sum((i - 9.5)^2 for i in range(20)) = 665.
-    """
-    pairs = [(9.5 - k) * (values.shift(k) - values.shift(19 - k)) for k in range(10)]
-    return sum(pairs[1:], pairs[0]) / 665
 
 
 PREVIOUS_CLOSE = CLOSE.shift(1)
@@ -43,6 +33,7 @@ STAGES: tuple[dict[str, pl.Expr], ...] = (
         "average_loss": wilder((-CHANGE).clip(lower_bound=0), 14),
         "macd": ema(CLOSE, 12) - ema(CLOSE, 26),
         "volume_ma": sma(VOLUME, 20),
+        "volume_trend": slope(VOLUME, 20),
         **{f"sma_{n}": sma(CLOSE, n) for n in (7, 14, 21, 50)},
         "bb_mean": sma(CLOSE, 20),
         "bb_std": population_std(CLOSE, 20),
@@ -52,8 +43,7 @@ STAGES: tuple[dict[str, pl.Expr], ...] = (
         "macd_signal": ema(MACD, 9),
         "bb_low": BB_MEAN - 2 * BB_STD,
         "bb_high": BB_MEAN + 2 * BB_STD,
-        # the share of the last 100 values that are at most the current one
-        "atr_percentile": ATR.rolling_rank(100, method="max") / 100,
+        "atr_percentile": share_at_most(ATR, 100),
     },
 )
 """What several formulas share, computed once, stage after stage."""
@@ -85,7 +75,7 @@ FEATURES: tuple[Feature, ...] = (
     _feature("spread_atr_ratio", "ratio", "spread / atr", RECURSIVE, SPREAD / ATR),
     _feature("volume_ma", "volume", "mean of volume over 20 rows", 20, VOLUME_MA),
     _feature("volume_ratio", "ratio", "volume / volume_ma", 20, VOLUME / VOLUME_MA),
-    _feature("volume_trend", "volume/min", "least-squares slope of volume over 20 rows", 20, _slope_of_20(VOLUME)),
+    _feature("volume_trend", "volume/min", "least-squares slope of volume over 20 rows", 20, pl.col("volume_trend")),
     *(_feature(f"sma_{n}", "price", f"mean of close over {n} rows", n, pl.col(f"sma_{n}")) for n in (7, 14, 21, 50)),
     *(_feature(f"price_sma_{n}_ratio", "ratio", f"close / sma_{n}", n, CLOSE / pl.col(f"sma_{n}")) for n in (7, 14, 21, 50)),
     _feature(

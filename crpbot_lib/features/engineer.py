@@ -3,13 +3,20 @@
 A row is the 1-minute candle that opens at ``timestamp``; the decision is taken when it closes. A value stands on the row only if
 it was known then: candles of any width by their close, CoinGecko points by ``available_at``. Nothing is back-filled, and a row
 with a value that was not known is dropped.
+
+What is short is computed once for the whole span: holes and segments, the wider bars, CoinGecko's indicators. The minutes are
+computed by calendar months, each with the warm-up before it, so that memory does not grow with the span, and that a month of a long
+run is the same month of another one to the bit, whatever the number of threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import polars as pl
@@ -23,25 +30,33 @@ from crpbot_lib.features.feature import CLOSES_AFTER, Feature
 VALUE = pl.Float32()
 """What a feature is stored as; everything before is computed in Float64."""
 _CARRIED = ("timestamp", "open", "high", "low", "close", "volume")
+_AS_WRITTEN = pl.QueryOptFlags.none()
+"""The queries are written in the order in which they are to run; optimising 73 formulas costs more than computing a live window."""
 
 
-@dataclass(frozen=True)
-class Engineered:
-    """The rows, and what was filled and dropped on the way to them (all counts within the rows' interval)."""
+@dataclass
+class Account:
+    """What was filled and dropped on the way to the rows (all counts within the rows' interval)."""
 
-    frame: pl.DataFrame
-    minutes: int
-    """Minutes of the interval that have a candle, served or filled."""
     holes: pl.DataFrame
     """``start``, ``minutes``, ``outage`` of every hole of the 1-minute candles, the warm-up's included."""
-    cold: int
-    """Minutes dropped because the candles before them begin, or begin anew after an outage, too shortly before."""
-    unknown: dict[str, int]
-    """Of the warm minutes: how many lack which feature. A minute may lack several."""
-    newest: list[str]
-    """What the newest minute lacks; empty when it has all, or is not warm."""
     bars: dict[str, dict[str, int]]
     """Per width, how many bars were compared with their 1-minute candles, and how many have another close."""
+    minutes: int = 0
+    """Minutes of the interval that have a candle, served or filled."""
+    cold: int = 0
+    """Minutes dropped because the candles before them begin, or begin anew after an outage, too shortly before."""
+    unknown: Counter[str] = field(default_factory=Counter)
+    """Of the warm minutes: how many lack which feature. A minute may lack several."""
+    newest: list[str] = field(default_factory=list)
+    """What the newest minute lacks; empty when it has all, or is not warm."""
+
+
+@dataclass
+class Engineered(Account):
+    """The account and all rows in one frame."""
+
+    frame: pl.DataFrame = field(default_factory=pl.DataFrame)
 
 
 def engineer_features(symbol: str, candles: Mapping[str, pl.DataFrame], coingecko: Mapping[str, Any]) -> pl.DataFrame:
@@ -66,39 +81,43 @@ def engineer(
 ) -> Engineered:
     """``engineer_features`` for given ``groups``, with the account of what was filled and dropped. Rows before ``start`` serve as
     warm-up only."""
-    minutes = candles.check_candles(f"{symbol} 1m candles", candles_by_width.get("1m"), TIMEFRAME_SECONDS["1m"])
-    filled, holes = candles.fill_no_trade_minutes(minutes)
-    segments = filled.partition_by("segment", include_key=False)
-    start = start or filled["timestamp"][0]
-    wanted = int(filled.select((pl.col("timestamp") >= start).sum()).item())
+    account, months = engineer_months(symbol, groups, candles_by_width, coingecko_points, start)
+    frames = list(months)
+    return Engineered(**vars(account), frame=pl.concat(frames) if frames else pl.DataFrame(schema=catalog.schema(groups)))
 
-    rows = pl.concat([_rows(segment, groups) for segment in segments]).filter(pl.col("timestamp") >= start)
+
+def engineer_months(
+    symbol: str,
+    groups: Sequence[FeatureGroup],
+    candles_by_width: Mapping[str, pl.DataFrame],
+    coingecko_points: Mapping[str, Any],
+    start: datetime | None = None,
+) -> tuple[Account, Iterator[pl.DataFrame]]:
+    """``engineer``, one frame a calendar month, each computed when it is asked for. The account is complete after the last one;
+    FeatureError for bad input comes before the first."""
+    served = candles.check_candles(f"{symbol} 1m candles", candles_by_width.get("1m"), TIMEFRAME_SECONDS["1m"])
+    minutes, holes = candles.fill_no_trade_minutes(served)
+    known: list[_Known] = []
     compared: dict[str, dict[str, int]] = {}
     if "multi_timeframe" in groups:
         for width in multi_timeframe.WIDTHS:
-            name = f"{symbol} {width} candles"
-            served = candles.check_candles(name, candles_by_width.get(width), TIMEFRAME_SECONDS[width])
+            name, seconds = f"{symbol} {width} candles", TIMEFRAME_SECONDS[width]
+            bars = candles.check_candles(name, candles_by_width.get(width), seconds)
             try:
-                compared[width] = multi_timeframe.compare_with_minutes(width, served, minutes)
+                compared[width] = multi_timeframe.compare_with_minutes(width, bars, served)
             except FeatureError as error:
                 raise FeatureError(f"{symbol} {error}") from None
             # a bar stands until the next one closes, and not a minute longer
-            age = timedelta(seconds=TIMEFRAME_SECONDS[width]) - CLOSES_AFTER
-            rows = _join_known(rows, multi_timeframe.bars(width, served, minutes), age)
-        rows = multi_timeframe.prepare(rows)
+            known.append(_Known(multi_timeframe.bars(width, bars, served).collect(), timedelta(seconds=seconds) - CLOSES_AFTER))
     if "coingecko_hourly" in groups:
         hourly = candles.check_points(f"{symbol} CoinGecko hourly points", coingecko_points.get("hourly"))
-        rows = _join_known(rows, coingecko.hourly_indicators(hourly), coingecko.HOURLY_MAX_AGE)
+        known.append(_Known(coingecko.hourly_indicators(hourly).collect(), coingecko.HOURLY_MAX_AGE))
     if "coingecko_daily" in groups:
         daily = candles.check_points(f"{symbol} CoinGecko daily points", coingecko_points.get("daily"))
         records = candles.check_all_time_highs(coingecko_points.get("all_time_high"))
-        rows = _join_known(rows, coingecko.daily_indicators(daily, records), coingecko.DAILY_MAX_AGE)
-
-    known = rows.select(*_CARRIED, "session", "volatility_regime", *(_value(f) for f in catalog.features(groups))).collect()
-    unknown = {c: known[c].null_count() for c in catalog.names(groups) if known[c].null_count()}
-    warm = known.height and known["timestamp"][-1] == minutes["timestamp"][-1]
-    newest = [c for c in unknown if warm and known[c][-1] is None]
-    return Engineered(known.drop_nulls(), wanted, holes, wanted - known.height, unknown, newest, compared)
+        known.append(_Known(coingecko.daily_indicators(daily, records).collect(), coingecko.DAILY_MAX_AGE))
+    account = Account(holes, compared)
+    return account, _months(minutes, known, tuple(groups), start or minutes["timestamp"][0], account)
 
 
 def worst(unknown: Mapping[str, int]) -> str:
@@ -107,31 +126,77 @@ def worst(unknown: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in found) or "none"
 
 
-def _rows(segment: pl.DataFrame, groups: Sequence[FeatureGroup]) -> pl.LazyFrame:
-    """The warm rows of one segment with the base features, and what the joins and the multi-timeframe features need."""
+@dataclass(frozen=True)
+class _Known:
+    """A series that the minutes see by its ``known_at``, and how long a line of it stands."""
+
+    series: pl.DataFrame
+    max_age: timedelta
+
+
+def _months(
+    minutes: pl.DataFrame, known: Sequence[_Known], groups: tuple[FeatureGroup, ...], start: datetime, account: Account
+) -> Iterator[pl.DataFrame]:
+    """The rows of ``minutes`` (no-trade minutes filled) at or after ``start``; counts them into ``account``."""
+    times, height, names = minutes["timestamp"], minutes.height, catalog.names(groups)
+    first = int(times.search_sorted(start))
+    account.minutes = account.cold = height - first
+    month = times[0].replace(day=1, hour=0, minute=0)
+    begins = times.search_sorted(pl.datetime_range(month, times[-1], "1mo", time_unit="us", eager=True))
+    edges = [first, *(row for row in begins if row > first), height]
+    outages = (minutes["segment"].diff() > 0).arg_true().to_list()
+    segments = list(pairwise([0, *outages, height]))
+    for begin, end in pairwise(edges):
+        # a warm row has its whole warm-up in its own segment: every piece is computed from there on, and from there only
+        warm = ((max(begin, first_of + catalog.SEGMENT_WARM_UP), min(end, end_of)) for first_of, end_of in segments)
+        pieces = [_base(minutes[keep - catalog.SEGMENT_WARM_UP : stop], groups) for keep, stop in warm if keep < stop]
+        if not pieces:
+            continue
+        rows = _rows(pl.concat(pieces), known, groups)
+        account.cold -= rows.height
+        lacking = {name: count for name in names if (count := rows[name].null_count())}
+        account.unknown.update(lacking)
+        if rows["timestamp"][-1] == times[-1]:
+            account.newest = [name for name in lacking if rows[name][-1] is None]
+        yield rows.drop_nulls() if lacking else rows
+
+
+def _base(piece: pl.DataFrame, groups: tuple[FeatureGroup, ...]) -> pl.LazyFrame:
+    """The warm rows of minutes without a hole, with the base features and what the joins and the multi-timeframe features need."""
+    return base.prepare(piece.lazy()).select(_base_columns(groups, VALUE)).slice(catalog.SEGMENT_WARM_UP)
+
+
+def _rows(base_rows: pl.LazyFrame, known: Sequence[_Known], groups: tuple[FeatureGroup, ...]) -> pl.DataFrame:
+    """The columns of the file; null where a value was not known."""
+    for one in known:
+        series = one.series.lazy().rename({"known_at": "decided_at"})
+        base_rows = base_rows.join_asof(series, on="decided_at", strategy="backward", tolerance=one.max_age)
+    if "multi_timeframe" in groups:
+        base_rows = multi_timeframe.prepare(base_rows)
+    return base_rows.select(_file_columns(groups, VALUE)).collect(optimizations=_AS_WRITTEN)
+
+
+@lru_cache
+def _base_columns(groups: tuple[FeatureGroup, ...], dtype: pl.DataType) -> list[pl.Expr]:
     needed = ("1m_sign", "atr_percentile") if "multi_timeframe" in groups else ()
-    return (
-        base.prepare(segment.lazy())
-        .select(
-            *_CARRIED,
-            *needed,
-            (pl.col("timestamp") + CLOSES_AFTER).alias("decided_at"),
-            session=base.SESSION,
-            volatility_regime=base.VOLATILITY_REGIME,
-            **{f.name: f.expr.cast(VALUE) for f in base.FEATURES},
-        )
-        .slice(catalog.SEGMENT_WARM_UP)
-    )
+    return [
+        *(pl.col(name) for name in (*_CARRIED, *needed)),
+        (pl.col("timestamp") + CLOSES_AFTER).alias("decided_at"),
+        base.SESSION.alias("session"),
+        base.VOLATILITY_REGIME.alias("volatility_regime"),
+        *(f.expr.cast(dtype).alias(f.name) for f in base.FEATURES),
+    ]
 
 
-def _join_known(rows: pl.LazyFrame, known: pl.LazyFrame, max_age: timedelta) -> pl.LazyFrame:
-    """``rows`` with the last line of ``known`` whose ``known_at`` is not after the decision; null when that is older than
-    ``max_age``."""
-    return rows.join_asof(known.rename({"known_at": "decided_at"}), on="decided_at", strategy="backward", tolerance=max_age)
+@lru_cache
+def _file_columns(groups: tuple[FeatureGroup, ...], dtype: pl.DataType) -> list[pl.Expr]:
+    return [
+        *(pl.col(name) for name in (*_CARRIED, "session", "volatility_regime")),
+        *(_value(f, dtype) for f in catalog.features(groups)),
+    ]
 
 
-def _value(feature: Feature) -> pl.Expr:
+def _value(feature: Feature, dtype: pl.DataType) -> pl.Expr:
     """The column as the file has it: float32, and null for what is not a finite number (a division by zero is no knowledge)."""
-    computed = feature.expr if feature.group == "multi_timeframe" else pl.col(feature.name)
-    value = computed.cast(VALUE)
+    value = (feature.expr if feature.group == "multi_timeframe" else pl.col(feature.name)).cast(dtype)
     return pl.when(value.is_finite()).then(value).alias(feature.name)
