@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 export AWS_EC2_METADATA_DISABLED := true
 
-.PHONY: setup demo up test bench bench-data lint format docs lock clean
+.PHONY: setup demo up test bench bench-data bench-features lint format docs lock clean
 
 setup: $(STAMP)
 
@@ -33,11 +33,14 @@ test: setup
 	$(BIN)/python -m pytest
 
 # What it costs, in figures: tables on the terminal. Minutes; nothing else should be running.
-bench: bench-data
+bench: bench-data bench-features
 
 bench-data: setup
 	$(BIN)/python -m benchmarks.limiter
 	$(BIN)/python -m benchmarks.load
+
+bench-features: setup
+	$(BIN)/python -m benchmarks.features
 
 lint: setup
 	$(BIN)/ruff check .

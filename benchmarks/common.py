@@ -54,5 +54,11 @@ def show(title: str, rows: Sequence[Row], as_json: bool) -> None:
     for name, value in rows[0].items():
         table.add_column(name, justify="left" if isinstance(value, str) else "right")
     for row in rows:
-        table.add_row(*(f"{v:,.1f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in row.values()))
+        table.add_row(*(_cell(value) for value in row.values()))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _cell(value: float | str) -> str:
+    if isinstance(value, float):
+        return f"{value:,.2f}" if abs(value) < 10 else f"{value:,.1f}"
+    return value if isinstance(value, str) else f"{value:,}"
