@@ -24,7 +24,7 @@ import polars as pl
 from crpbot_lib import config
 from crpbot_lib.config import TIMEFRAME_SECONDS, FeatureGroup
 from crpbot_lib.features import base, candles, catalog, coingecko, multi_timeframe
-from crpbot_lib.features.errors import FeatureError
+from crpbot_lib.features.errors import FeatureError, NoRowError
 from crpbot_lib.features.feature import CLOSES_AFTER, Feature
 
 VALUE = pl.Float32()
@@ -51,6 +51,13 @@ class Account:
     newest: list[str] = field(default_factory=list)
     """What the newest minute lacks; empty when it has all, or is not warm."""
 
+    def lacking(self) -> str:
+        """Why minutes are no rows, for messages."""
+        return (
+            f"of {self.minutes} minutes with a candle {self.cold} lie too soon after the beginning or an outage; minutes that "
+            f"lack a feature: {worst(self.unknown)}"
+        )
+
 
 @dataclass
 class Engineered(Account):
@@ -67,9 +74,13 @@ def engineer_features(symbol: str, candles: Mapping[str, pl.DataFrame], coingeck
     only where the symbol has multi-timeframe features. ``coingecko``: ``{"hourly", "daily"}``, frames of timestamp, available_at,
     price, market_cap, total_volume, and ``"all_time_high"``, None or one or several dated records ``(price, timestamp)``.
 
-    FeatureError names the frame, the column and the row of bad input. Rows that are not warm or lack a value are dropped.
+    FeatureError names the frame, the column and the row of bad input. Rows that are not warm or lack a value are dropped;
+    NoRowError when none is left.
     """
-    return engineer(symbol, config.settings().symbol(symbol).feature_groups, candles, coingecko).frame
+    built = engineer(symbol, config.settings().symbol(symbol).feature_groups, candles, coingecko)
+    if built.frame.is_empty():
+        raise NoRowError(f"{symbol}: no row could be computed: {built.lacking()}")
+    return built.frame
 
 
 def engineer(

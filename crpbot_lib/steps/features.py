@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -21,7 +21,7 @@ import polars as pl
 
 from crpbot_lib.config import ALL_GROUPS, Settings, Symbol
 from crpbot_lib.features import catalog, multi_timeframe
-from crpbot_lib.features.engineer import Engineered, engineer, worst
+from crpbot_lib.features.engineer import Account, engineer_months, worst
 from crpbot_lib.features.errors import FeatureError
 from crpbot_lib.features.history import check_history
 from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
@@ -97,9 +97,9 @@ def plan_features(settings: Settings, lake: Lake, symbols: Sequence[str], start:
 def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -> Summary:
     """Computes and writes one symbol's features file and its sidecar.
 
-    Running it again with the same version and number of threads of polars writes the same bytes. With another number the rolling
-    sums of a long interval are split elsewhere, and values may differ in the last bit of their float32. A version that has passed
-    the gate is never replaced by other bytes.
+    Computed and encoded month by month: memory holds the inputs, one month and the file, which is published whole. Running it
+    again with the same version writes the same bytes, whatever the number of threads. A version that has passed the gate is never
+    replaced by other bytes.
 
     Returns ``symbol, key, rows, dropped, features, hash, sha256, filled, outages, seconds``. MissingInputError when a partition is
     absent, FeatureError when the inputs are not those of the plan, cannot be used, give no row, or give other bytes than the gated
@@ -114,25 +114,19 @@ def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -
     contents = _read(lake, entry, inputs)
     if _digest(contents) != plan["digests"][symbol]:
         raise FeatureError(f"{symbol}: the input partitions have changed since version {plan['version']} was planned; plan again")
-    built = _engineer(entry, inputs, contents, start)
-    if built.frame.is_empty():
-        raise FeatureError(
-            f"{symbol}: no row of [{start}, {end}) could be computed: of {built.minutes} minutes with a candle {built.cold} lie "
-            f"too soon after the beginning or an outage; minutes that lack a feature: {worst(built.unknown)}"
-        )
+    built, months = _engineer(entry, inputs, contents, start)
+    del contents
+    content, rows = _parquet(months, catalog.schema(entry.feature_groups))
+    if not rows:
+        raise FeatureError(f"{symbol}: no row of [{start}, {end}) could be computed: {built.lacking()}")
 
     key = keys.features(plan["version"], symbol)
-    buffer = BytesIO()
-    # rechunk: how the frame came to be in pieces must not show in the bytes
-    built.frame.rechunk().write_parquet(buffer, compression="zstd", compression_level=1, statistics=True)
-    content = buffer.getvalue()
     sha256 = hashlib.sha256(content).hexdigest()
     _check_gated(lake, plan["version"], symbol, sha256)
     lake.write(key, content)
     within = _from(built.holes, _midnight(start))
     filled, outages = within.filter(~pl.col("outage")), within.filter(pl.col("outage"))
     hash_ = catalog.catalog_hash(entry.feature_groups)
-    rows = built.frame.height
     lake.write_json(
         keys.features_sidecar(plan["version"], symbol),
         {
@@ -142,7 +136,11 @@ def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -
             "end": plan["end"],
             "rows": rows,
             "minutes": built.minutes,
-            "dropped": {"cold": built.cold, "unknown": built.minutes - built.cold - rows, "unknown_by_feature": built.unknown},
+            "dropped": {
+                "cold": built.cold,
+                "unknown": built.minutes - built.cold - rows,
+                "unknown_by_feature": dict(built.unknown),
+            },
             "filled": _ranges(filled),
             "outages": _ranges(outages),
             "bars": built.bars,
@@ -180,8 +178,8 @@ def _check_gated(lake: Lake, version: str, symbol: str, sha256: str) -> None:
     if gated != sha256:
         raise FeatureError(
             f"{symbol}: features {version} have passed the gate with sha256 {gated[:16]}…, this build gives {sha256[:16]}…; the "
-            f"file is left as it is. Use it (`crpbot features verify --version {version}`), or build with the polars and "
-            f"the POLARS_MAX_THREADS it was built with (now polars {pl.__version__}, {pl.thread_pool_size()} threads)"
+            f"file is left as it is. Use it (`crpbot features verify --version {version}`), or build with the polars, numpy and "
+            "pyarrow it was built with (its lock file)"
         )
 
 
@@ -389,25 +387,50 @@ def _digest(contents: Iterable[bytes]) -> str:
     return hashlib.sha256("".join(each).encode()).hexdigest()
 
 
-def _engineer(symbol: Symbol, inputs: Sequence[_Input], contents: Sequence[bytes], start: date) -> Engineered:
-    frames: dict[str, list[pl.DataFrame]] = {}
+def _engineer(
+    symbol: Symbol, inputs: Sequence[_Input], contents: Sequence[bytes], start: date
+) -> tuple[Account, Iterator[pl.DataFrame]]:
+    parts: dict[str, list[tuple[str, bytes]]] = {}
     for one, content in zip(inputs, contents, strict=True):
-        try:
-            frames.setdefault(one.series, []).append(pl.read_parquet(BytesIO(content)))
-        except pl.exceptions.PolarsError as error:
-            raise UnreadableError(f"{one.key} is not a readable parquet file ({error}); delete it and fetch it again") from error
-    series = {name: pl.concat(parts) for name, parts in frames.items()}
+        parts.setdefault(one.series, []).append((one.key, content))
+    series = {name: _decoded(found) for name, found in parts.items()}
     if "daily" in series:
         check_history(symbol, series["daily"], _midnight(start))
     points: dict[str, Any] = {name: series.pop(name) for name in ("hourly", "daily") if name in series}
     points["all_time_high"] = list(symbol.all_time_highs)
-    return engineer(
-        symbol.name,
-        symbol.feature_groups,
-        series,
-        points,
-        start=_midnight(start),
-    )
+    return engineer_months(symbol.name, symbol.feature_groups, series, points, start=_midnight(start))
+
+
+def _decoded(parts: Sequence[tuple[str, bytes]]) -> pl.DataFrame:
+    """The partitions of one series, one under the other."""
+    try:
+        return pl.read_parquet([content for _, content in parts])
+    except pl.exceptions.PolarsError as error:
+        for key, content in parts:
+            try:
+                pl.read_parquet(BytesIO(content))
+            except pl.exceptions.PolarsError as broken:
+                raise UnreadableError(f"{key} is not a readable parquet file ({broken}); delete it and fetch it again") from broken
+        raise UnreadableError(
+            f"{parts[0][0]} and its neighbours do not have the same columns ({error}); fetch them again"
+        ) from error
+
+
+def _parquet(frames: Iterable[pl.DataFrame], schema: dict[str, pl.DataType]) -> tuple[bytes, int]:
+    """The parquet file of ``frames``, a row group each, and how many rows it has."""
+    # only what builds features needs pyarrow, not the container that trains
+    from pyarrow import parquet
+
+    oldest, file, rows = pl.CompatLevel.oldest(), BytesIO(), 0
+    columns = pl.DataFrame(schema=schema).to_arrow(compat_level=oldest).schema
+    repeating = [name for name, dtype in schema.items() if dtype == pl.String()]
+    with parquet.ParquetWriter(
+        file, columns, compression="zstd", compression_level=1, use_dictionary=repeating, write_statistics=["timestamp"]
+    ) as writer:
+        for frame in frames:
+            writer.write_table(frame.to_arrow(compat_level=oldest))
+            rows += frame.height
+    return file.getvalue(), rows
 
 
 def _from(holes: pl.DataFrame, begin: datetime) -> pl.DataFrame:

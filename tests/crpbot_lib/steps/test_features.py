@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from pyarrow import parquet
 from typer.testing import CliRunner
 
 from crpbot_lib.cli.features import app
@@ -239,34 +243,56 @@ def test_the_sidecar_lists_filled_minutes_and_outages(settings: Settings, lake: 
     gate_features(settings, lake, plan)
 
 
-def test_the_bytes_do_not_show_how_the_frame_came_to_be_in_pieces(
-    settings: Settings, lake: Lake, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_number_of_threads_does_not_show_in_the_bytes(settings: Settings, lake: Lake) -> None:
+    plan = plan_features(settings, lake, ["BTC-USD"], START, END)
+    code = (
+        "import json, sys; from crpbot_lib.config import Settings; from crpbot_lib.lake import Lake; "
+        "from crpbot_lib.steps.features import build_features; "
+        "print(build_features(Settings(), Lake(sys.argv[1]), json.loads(sys.argv[2]), 'BTC-USD')['sha256'])"
+    )
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-c", code, lake.root, json.dumps(plan)],
+            env={**os.environ, "POLARS_MAX_THREADS": threads},
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        for threads in ("1", "2", "5")
+    }
+    assert len(hashes) == 1
+
+
+def test_the_file_has_a_row_group_for_each_month(settings: Settings, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_features(settings, lake, ["ETH-USD"], START, END)
-    whole = build_features(settings, lake, plan, "ETH-USD")["sha256"]
-    compute = features.engineer
+    compute = features.engineer_months
 
-    def in_pieces(*arguments: Any, **more: Any) -> Any:
-        built = compute(*arguments, **more)
-        return replace(built, frame=pl.concat([built.frame[:10], built.frame[10:]], rechunk=False))
+    def shifted(*arguments: Any, **more: Any) -> Any:
+        account, months = compute(*arguments, **more)
+        frame = next(months)
+        return account, iter([frame[:1440], frame[1440:]])
 
-    monkeypatch.setattr(features, "engineer", in_pieces)
-    assert build_features(settings, lake, plan, "ETH-USD")["sha256"] == whole
+    monkeypatch.setattr(features, "engineer_months", shifted)
+    build_features(settings, lake, plan, "ETH-USD")
+    content = lake.read(keys.features(plan["version"], "ETH-USD"))
+    metadata = parquet.ParquetFile(BytesIO(content)).metadata
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [1440, 2880]
+    assert pl.read_parquet(BytesIO(content)).height == 4320
 
 
 def test_a_gated_version_is_not_replaced_by_other_bytes(settings: Settings, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a build with another number of threads may give them."""
+    """As a build with other libraries may give them."""
     plan = plan_features(settings, lake, ["ETH-USD"], START, END)
     build_features(settings, lake, plan, "ETH-USD")
     gate_features(settings, lake, plan)
     gated = {key: lake.read(key) for key in lake.keys("features/")}
-    compute = features.engineer
+    compute = features.engineer_months
 
     def otherwise(*arguments: Any, **more: Any) -> Any:
-        built = compute(*arguments, **more)
-        return replace(built, frame=built.frame.with_columns(pl.col("rsi") * (1 + 1e-6)))
+        account, months = compute(*arguments, **more)
+        return account, (month.with_columns(pl.col("rsi") * (1 + 1e-6)) for month in months)
 
-    monkeypatch.setattr(features, "engineer", otherwise)
+    monkeypatch.setattr(features, "engineer_months", otherwise)
     with pytest.raises(FeatureError, match=rf"ETH-USD: features {plan['version']} have passed the gate with .* is left as it is"):
         build_features(settings, lake, plan, "ETH-USD")
     assert {key: lake.read(key) for key in lake.keys("features/")} == gated
