@@ -111,14 +111,13 @@ def freqai(frames: Frames) -> pd.DataFrame:
     dataframe["%-tf_alignment_direction"] = np.select([(up > down) & (up > flat), (down > up) & (down > flat)], [1, -1], 0)
     dataframe["%-tf_alignment_strength"] = 2 * (dataframe["%-tf_alignment_score"] - 0.5).abs()
 
-    names = {f"%-{name}": name for name in catalog.names(ALL_GROUPS)}
-    names |= {f"%-{name}_hourly": name for name in catalog.names(["coingecko_hourly"])}
-    names |= {f"%-{name}_daily": name for name in catalog.names(["coingecko_daily"])}
-    names |= {f"%-{column}_{width}": f"{width}_{column}" for width in WIDTHS for column in OHLCV}
-    features = dataframe.filter([c for c in dataframe.columns if c.startswith("%-")]).astype(np.float32)
+    suffixed = {f"{width}_{column}": f"{column}_{width}" for width in WIDTHS for column in OHLCV}
+    suffixed |= {name: f"{name}_{s}" for s in ("hourly", "daily") for name in catalog.names([f"coingecko_{s}"])}
+    marked = {f"%-{suffixed.get(name, name)}": name for name in catalog.names(ALL_GROUPS)}
+    features = dataframe[list(marked)].astype(np.float32)
     carried = dataframe[["date", *OHLCV, "session", "volatility_regime"]].rename(columns={"date": "timestamp"})
     del dataframe
-    features = features.replace([np.inf, -np.inf], np.nan).rename(columns=names)[catalog.names(ALL_GROUPS)]
+    features = features.replace([np.inf, -np.inf], np.nan).rename(columns=marked)
     whole = ~features.isnull().any(axis=1)
     whole.iloc[: catalog.SEGMENT_WARM_UP] = False
     return pd.concat([carried[whole], features[whole]], axis=1).reset_index(drop=True)
