@@ -50,6 +50,10 @@ class Market:
         names = {"m1": "1m", "m5": "5m", "m15": "15m", "h1": "1h"}
         return replace(self, candles=self.candles | {names[k]: v for k, v in frames.items()})
 
+    def with_minutes(self, minutes: pl.DataFrame) -> Market:
+        """Other 1-minute candles, and the bars that they add up to."""
+        return replace(self, candles=with_bars(minutes))
+
     def known_at(self, cut: datetime) -> Market:
         """What had been published by ``cut``: closed candles, available points."""
         closed = {
@@ -58,6 +62,16 @@ class Market:
         hourly, daily = (frame.filter(pl.col("available_at") <= cut) for frame in (self.hourly, self.daily))
         records = [record for record in self.all_time_high or [] if record[1] <= cut]
         return replace(self, candles=closed, hourly=hourly, daily=daily, all_time_high=records)
+
+    def moved(self, by: timedelta) -> Market:
+        """The same at another time."""
+
+        def move(frame: pl.DataFrame) -> pl.DataFrame:
+            return frame.with_columns(pl.col(pl.Datetime("us", "UTC")) + by)
+
+        records = [(price, at + by) for price, at in self.all_time_high or []]
+        candles = {width: move(frame) for width, frame in self.candles.items()}
+        return replace(self, candles=candles, hourly=move(self.hourly), daily=move(self.daily), all_time_high=records)
 
     def since(self, first: datetime, hourly_since: datetime | None = None) -> Market:
         """What a reader has who begins at ``first``."""
@@ -230,13 +244,19 @@ def _spans() -> list[Span]:
                 empty=empty,
                 moved=365,
             ),
-            Span(f"{coin} 2025-05", "candles_1m", symbol, _at(2025, 5, 23, 12), 24),
+            Span(f"{coin} 2025-05", "candles_1m", symbol, _at(2025, 5, 31, 6), 24),
         ]
     return spans
 
 
 SPANS = _spans()
-"""Outages after a frozen market, outages, markets with 5, 12 and 28 % of their minutes empty and a break, and undisturbed ones."""
+"""Outages after a frozen market, outages, markets with 5, 12 and 28 % of their minutes empty and a break, and
+undisturbed ones over the end of a month."""
+
+
+@pytest.fixture(scope="session")
+def spans() -> dict[str, Span]:
+    return {span.name: span for span in SPANS}
 
 
 @pytest.fixture(params=SPANS, ids=lambda span: span.name)
