@@ -11,7 +11,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from crpbot_lib.config import ALL_GROUPS
-from crpbot_lib.features import FeatureError, catalog, engineer_features
+from crpbot_lib.features import catalog, engineer_features
 
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
 COLD = catalog.SEGMENT_WARM_UP
@@ -72,11 +72,6 @@ class TestAllTimeHigh:
         prices = small_market.daily.filter(pl.col("timestamp") >= first)["price"].to_list()
         expected = [100 * (prices[0] / top / 2 - 1), 100 * (prices[1] / top / 2 - 1), 100 * (prices[2] / top / 3 - 1)]
         assert ratio["ath_distance_pct"].to_list() == pytest.approx(expected, rel=1e-5)
-
-    @pytest.mark.parametrize("wrong", [(1.0, datetime(2025, 1, 1)), [(0.0, datetime(2025, 1, 1, tzinfo=UTC))], 5.0])  # noqa: DTZ001
-    def test_a_record_without_a_zone_or_a_price_is_refused(self, small_market: Any, wrong: Any) -> None:
-        with pytest.raises(FeatureError, match="all_time_high"):
-            replace(small_market, all_time_high=wrong).frame()
 
 
 class TestHoles:
@@ -170,94 +165,6 @@ class TestHoles:
         assert frame["timestamp"][-1] + MINUTE <= last + 2 * HOUR
         frame = replace(small_market, daily=small_market.daily.filter(pl.col("timestamp") <= first)).frame()
         assert frame["timestamp"][-1] == first + 2 * DAY + 34 * MINUTE
-
-
-class TestBadInput:
-    """The error names the frame, the column and the row."""
-
-    @pytest.mark.parametrize("width", ["1m", "5m", "1h"])
-    def test_unsorted(self, small_market: Any, width: str) -> None:
-        frame = small_market.candles[width]
-        swapped = pl.concat([frame[:10], frame[11:12], frame[10:11], frame[12:]])
-        self.refused(small_market, width, swapped, rf"{width} candles, column timestamp, row 11: .* expected ascending order")
-
-    @pytest.mark.parametrize("width", ["1m", "15m"])
-    def test_duplicated(self, small_market: Any, width: str) -> None:
-        frame = small_market.candles[width]
-        twice = pl.concat([frame[:10], frame[9:]])
-        self.refused(small_market, width, twice, rf"{width} candles, column timestamp, row 10: .* expected each time once")
-
-    @pytest.mark.parametrize("column", ["timestamp", "close", "volume"])
-    def test_missing_column(self, small_market: Any, column: str) -> None:
-        self.refused(small_market, "1m", small_market.minutes.drop(column), f"1m candles: no column {column}; it has")
-
-    def test_wrong_timezone(self, small_market: Any) -> None:
-        for zone in ("Europe/Berlin", None):
-            other = small_market.minutes.with_columns(pl.col("timestamp").dt.replace_time_zone(zone))
-            self.refused(small_market, "1m", other, "column timestamp: the type is .* expected Datetime with time zone UTC")
-
-    @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
-    def test_not_a_number(self, small_market: Any, value: float | None) -> None:
-        broken = small_market.minutes.with_columns(
-            pl.when(pl.int_range(pl.len()) == 77).then(value).otherwise(pl.col("high")).alias("high")
-        )
-        self.refused(small_market, "1m", broken, "1m candles, column high, row 77: .* expected a finite number")
-
-    @pytest.mark.parametrize("width", ["1m", "5m", "15m", "1h"])
-    @pytest.mark.parametrize(
-        ("column", "value", "said"),
-        [
-            ("close", -100.0, "close, row 7: the value is -100.0; this is not above 0"),
-            ("open", 0.0, "open, row 7: the value is 0.0; this is not above 0"),
-            ("volume", -5.0, "volume, row 7: the value is -5.0; this is below 0"),
-            ("high", 1.0, "high, row 7: the value is 1.0; this is below open"),
-            ("low", 1e9, "high, row 7: .* this is below low"),
-        ],
-    )
-    def test_a_candle_that_cannot_be(self, small_market: Any, width: str, column: str, value: float, said: str) -> None:
-        broken = small_market.candles[width].with_columns(
-            pl.when(pl.int_range(pl.len()) == 7).then(value).otherwise(column).alias(column)
-        )
-        self.refused(small_market, width, broken, rf"{width} candles, column {said}")
-
-    def test_not_a_number_in_coingecko(self, small_market: Any) -> None:
-        broken = small_market.hourly.with_columns(
-            pl.when(pl.int_range(pl.len()) == 7).then(float("nan")).otherwise(pl.col("price")).alias("price")
-        )
-        with pytest.raises(FeatureError, match="hourly points, column price, row 7: the value is nan"):
-            replace(small_market, hourly=broken).frame()
-
-    def test_off_the_grid(self, small_market: Any) -> None:
-        moved = small_market.candles["1h"].with_columns(pl.col("timestamp") + MINUTE)
-        self.refused(small_market, "1h", moved, "1h candles, column timestamp, row 0: .* multiple of 3600 s")
-
-    def test_empty(self, small_market: Any) -> None:
-        self.refused(small_market, "1m", small_market.minutes.clear(), "BTC-USD 1m candles are empty")
-        with pytest.raises(FeatureError, match="hourly points are empty"):
-            replace(small_market, hourly=small_market.hourly.clear()).frame()
-
-    def test_a_missing_source_is_an_error_and_no_placeholder(self, small_market: Any) -> None:
-        candles = {k: v for k, v in small_market.candles.items() if k != "15m"}
-        with pytest.raises(FeatureError, match="BTC-USD 15m candles are missing"):
-            engineer_features("BTC-USD", candles, small_market.points)
-        with pytest.raises(FeatureError, match="BTC-USD CoinGecko daily points are missing"):
-            engineer_features("BTC-USD", small_market.candles, {"hourly": small_market.hourly})
-
-    def test_bars_of_another_market_or_shifted(self, small_market: Any) -> None:
-        shifted = small_market.candles["1h"].with_columns(pl.col("timestamp") + HOUR)[:-1]
-        self.refused(small_market, "1h", shifted, r"BTC-USD 1h candles: the close of \d+ of \d+ bars is not that of the last 1m")
-
-    def test_one_row_gives_no_rows(self, small_market: Any) -> None:
-        assert small_market.with_candles(m1=small_market.minutes[:1]).frame().is_empty()
-
-    def test_an_available_at_before_the_stamp(self, small_market: Any) -> None:
-        early = small_market.hourly.with_columns(available_at=pl.col("timestamp") - MINUTE)
-        with pytest.raises(FeatureError, match=r"column available_at, row 0: .* no time before the point's own timestamp"):
-            replace(small_market, hourly=early).frame()
-
-    def refused(self, market: Any, width: str, frame: pl.DataFrame, message: str) -> None:
-        with pytest.raises(FeatureError, match=message):
-            replace(market, candles=market.candles | {width: frame}).frame()
 
 
 def test_groups_decide_what_is_needed(small_market: Any) -> None:
