@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from crpbot_lib.features.feature import Feature, ema, population_std, rsi, share_at_most, slope, sma, wilder
+from crpbot_lib.features.feature import Feature, Stage, ema, population_std, rsi, share_at_most, slope, sma, wilder
 
 HIGH, LOW, CLOSE, VOLUME = pl.col("high"), pl.col("low"), pl.col("close"), pl.col("volume")
 SPREAD, ATR, VOLUME_MA, MACD, MACD_SIGNAL = (pl.col(c) for c in ("spread", "atr", "volume_ma", "macd", "macd_signal"))
@@ -24,7 +24,7 @@ LOW_BELOW, HIGH_ABOVE = 0.33, 0.67
 PREVIOUS_CLOSE = CLOSE.shift(1)
 CHANGE = CLOSE.diff()
 
-STAGES: tuple[dict[str, pl.Expr], ...] = (
+STAGES: tuple[Stage, ...] = (
     {
         "spread": HIGH - LOW,
         # the horizontal maximum skips the null of the first row, whose true range is high - low
@@ -32,18 +32,18 @@ STAGES: tuple[dict[str, pl.Expr], ...] = (
         "average_gain": wilder(CHANGE.clip(lower_bound=0), 14),
         "average_loss": wilder((-CHANGE).clip(lower_bound=0), 14),
         "macd": ema(CLOSE, 12) - ema(CLOSE, 26),
-        "volume_ma": sma(VOLUME, 20),
-        "volume_trend": slope(VOLUME, 20),
-        **{f"sma_{n}": sma(CLOSE, n) for n in (7, 14, 21, 50)},
-        "bb_mean": sma(CLOSE, 20),
-        "bb_std": population_std(CLOSE, 20),
+        "volume_ma": sma("volume", 20),
+        "volume_trend": slope("volume", 20),
+        **{f"sma_{n}": sma("close", n) for n in (7, 14, 21, 50)},
+        "bb_mean": sma("close", 20),
+        "bb_std": population_std("close", 20),
         "1m_sign": (CLOSE - CLOSE.shift(5)).sign(),
     },
     {
         "macd_signal": ema(MACD, 9),
         "bb_low": BB_MEAN - 2 * BB_STD,
         "bb_high": BB_MEAN + 2 * BB_STD,
-        "atr_percentile": share_at_most(ATR, 100),
+        "atr_percentile": share_at_most("atr", 100),
     },
 )
 """What several formulas share, computed once, stage after stage."""
@@ -109,10 +109,3 @@ FEATURES: tuple[Feature, ...] = (
     ),
     _feature("volatility_high", "flag", f"atr_percentile > {HIGH_ABOVE}", REGIME, ATR_PERCENTILE > HIGH_ABOVE),
 )
-
-
-def prepare(segment: pl.LazyFrame) -> pl.LazyFrame:
-    """``segment`` with the columns that the formulas of this module share."""
-    for stage in STAGES:
-        segment = segment.with_columns(**stage)
-    return segment

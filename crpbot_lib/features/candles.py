@@ -15,7 +15,7 @@ import polars as pl
 
 from crpbot_lib import candle_rules
 from crpbot_lib.features.errors import FeatureError
-from crpbot_lib.features.feature import TIMESTAMP
+from crpbot_lib.features.feature import AS_WRITTEN, TIMESTAMP
 
 CANDLE_COLUMNS = ("timestamp", "open", "high", "low", "close", "volume")
 POINT_COLUMNS = ("timestamp", "available_at", "price", "market_cap", "total_volume")
@@ -82,7 +82,7 @@ def fill_no_trade_minutes(minutes: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataF
         .select(start=pl.col("timestamp").shift(1) + width, minutes=missing.round().cast(pl.Int64))
         .filter(pl.col("minutes") > 0)
         .with_columns(outage=pl.col("minutes") > candle_rules.MAX_NO_TRADE_MINUTES)
-        .collect()
+        .collect(optimizations=AS_WRITTEN)
     )
     outage = pl.col("timestamp").diff() > width * (candle_rules.MAX_NO_TRADE_MINUTES + 1)
     filled = minutes.with_columns(segment=outage.fill_null(False).cum_sum())
@@ -120,8 +120,11 @@ def _typed(name: str, frame: pl.DataFrame | None, columns: Sequence[str], times:
             raise FeatureError(f"{name}, column {column}: the type is {dtype}, expected Datetime with time zone UTC")
         if column not in times and not dtype.is_numeric() and dtype != pl.Null:
             raise FeatureError(f"{name}, column {column}: the type is {dtype}, expected Float64")
-    _refuse(name, frame, [(column, pl.col(column).is_null(), "expected a time") for column in times])
-    return frame.select(pl.col(c).cast(TIMESTAMP) if c in times else pl.col(c).cast(pl.Float64) for c in columns)
+    if any(frame[column].null_count() for column in times):
+        _refuse(name, frame, [(column, pl.col(column).is_null(), "expected a time") for column in times])
+    types = {column: TIMESTAMP if column in times else pl.Float64() for column in columns}
+    frame = frame[list(columns)]
+    return frame if frame.schema == types else frame.cast(types)  # type: ignore[arg-type]
 
 
 def _order(column: str, *, strictly: bool) -> list[Check]:

@@ -12,18 +12,22 @@ from datetime import datetime, timedelta
 import polars as pl
 
 from crpbot_lib.features.feature import (
+    AS_WRITTEN,
     TIMESTAMP,
     Feature,
+    Stage,
     ema,
     percent_change,
     population_std,
     rsi,
     sma,
     wilder,
+    with_stages,
 )
 
 PRICE, MARKET_CAP, VOLUME = pl.col("price"), pl.col("market_cap"), pl.col("total_volume")
 BB_MEAN, BB_STD, VOLUME_24H = pl.col("bb_mean"), pl.col("bb_std"), pl.col("volume_24h")
+CAP_7D = pl.col("cap_7d")
 MACD, MACD_SIGNAL = pl.col("macd"), pl.col("macd_signal")
 
 PUBLICATION_LAG = {"hourly": timedelta(minutes=5), "daily": timedelta(minutes=35)}
@@ -41,6 +45,23 @@ hours, stamped anywhere inside them, lie up to two hours apart."""
 def _hourly(name: str, unit: str, formula: str, warm_up: int, expr: pl.Expr) -> Feature:
     return Feature(name, "coingecko_hourly", unit, formula, warm_up, expr)
 
+
+CHANGE = PRICE.diff()
+HOURLY_STAGES: tuple[Stage, ...] = (
+    {
+        "average_gain": wilder(CHANGE.clip(lower_bound=0), 14),
+        "average_loss": wilder((-CHANGE).clip(lower_bound=0), 14),
+        "macd": ema(PRICE, 12) - ema(PRICE, 26),
+        "bb_mean": sma("price", 20),
+        "bb_std": population_std("price", 20),
+        "volume_24h": sma("total_volume", 24),
+    },
+    {"macd_signal": ema(MACD, 9)},
+)
+DAILY_STAGES: tuple[Stage, ...] = (
+    {"cap_7d": sma("market_cap", 7), "cap_30d": sma("market_cap", 30), "volume_7d": sma("total_volume", 7)},
+)
+"""What several formulas share, or what a formula takes from a window."""
 
 HOURLY_FEATURES: tuple[Feature, ...] = (
     _hourly(
@@ -79,18 +100,18 @@ DAILY_FEATURES: tuple[Feature, ...] = (
     _daily("market_cap_change_pct", "%", "change of market_cap against the day before", 2, percent_change(MARKET_CAP, 1)),
     _daily("volume_change_pct", "%", "change of total_volume against the day before", 2, percent_change(VOLUME, 1)),
     _daily("price_change_pct", "%", "change of price against the day before", 2, percent_change(PRICE, 1)),
-    _daily("market_cap_7d_ma", "USD", "mean of market_cap over 7 days", 7, sma(MARKET_CAP, 7)),
-    _daily("market_cap_30d_ma", "USD", "mean of market_cap over 30 days", 30, sma(MARKET_CAP, 30)),
+    _daily("market_cap_7d_ma", "USD", "mean of market_cap over 7 days", 7, CAP_7D),
+    _daily("market_cap_30d_ma", "USD", "mean of market_cap over 30 days", 30, pl.col("cap_30d")),
     _daily("market_cap_change_7d_pct", "%", "change of market_cap against 7 days before", 8, percent_change(MARKET_CAP, 7)),
     _daily(
         "market_cap_trend",
         "sign",
         "1 if market_cap is above market_cap_7d_ma, else -1",
         7,
-        pl.when(sma(MARKET_CAP, 7) < MARKET_CAP).then(1).when(sma(MARKET_CAP, 7) >= MARKET_CAP).then(-1),
+        pl.when(CAP_7D < MARKET_CAP).then(1).when(CAP_7D >= MARKET_CAP).then(-1),
         may_be_constant=True,
     ),
-    _daily("volume_7d_ma", "USD", "mean of total_volume over 7 days", 7, sma(VOLUME, 7)),
+    _daily("volume_7d_ma", "USD", "mean of total_volume over 7 days", 7, pl.col("volume_7d")),
     _daily("volume_change_7d_pct", "%", "change of total_volume against 7 days before", 8, percent_change(VOLUME, 7)),
     _daily(
         "ath_distance_pct",
@@ -114,27 +135,18 @@ DAILY_FEATURES: tuple[Feature, ...] = (
 def _on_grid(points: pl.DataFrame, every: str) -> pl.DataFrame:
     """One row a slot, from the first to the last, null where CoinGecko has no point. Of two points in a slot the first counts:
     it was the slot's point when it appeared."""
-    slots = points.with_columns(slot=pl.col("timestamp").dt.truncate(every)).unique("slot", keep="first", maintain_order=True)
-    return slots.upsample("slot", every=every)
+    slots = points.with_columns(slot=pl.col("timestamp").dt.truncate(every))
+    slots = slots.filter(pl.col("slot").diff().ne_missing(timedelta(0)))
+    grid = pl.datetime_range(slots["slot"][0], slots["slot"][-1], every, time_unit="us", eager=True).alias("slot")
+    return slots if len(grid) == slots.height else grid.to_frame().join(slots, on="slot", how="left", maintain_order="left")
 
 
-def hourly_indicators(points: pl.DataFrame) -> pl.LazyFrame:
+def hourly_indicators(points: pl.DataFrame) -> pl.DataFrame:
     """``known_at`` and the hourly features, one row for each point of ``points`` (validated, sorted)."""
     gap = pl.col("timestamp").dt.truncate("1h").diff() > MAX_HOURLY_HOLE
     parts = points.with_columns(part=gap.fill_null(False).cum_sum()).partition_by("part", include_key=False)
-    change = PRICE.diff()
     series = [
-        _on_grid(part, "1h")
-        .lazy()
-        .with_columns(
-            average_gain=wilder(change.clip(lower_bound=0), 14),
-            average_loss=wilder((-change).clip(lower_bound=0), 14),
-            macd=ema(PRICE, 12) - ema(PRICE, 26),
-            bb_mean=sma(PRICE, 20),
-            bb_std=population_std(PRICE, 20),
-            volume_24h=sma(VOLUME, 24),
-        )
-        .with_columns(macd_signal=ema(MACD, 9))
+        with_stages(_on_grid(part, "1h"), HOURLY_STAGES)
         .select(pl.col("available_at").alias("known_at"), *(f.expr.alias(f.name) for f in HOURLY_FEATURES))
         .slice(HOURLY_WARM_UP)
         for part in parts
@@ -142,7 +154,7 @@ def hourly_indicators(points: pl.DataFrame) -> pl.LazyFrame:
     return pl.concat(series).filter(pl.col("known_at").is_not_null())
 
 
-def daily_indicators(points: pl.DataFrame, records: Sequence[tuple[float, datetime]]) -> pl.LazyFrame:
+def daily_indicators(points: pl.DataFrame, records: Sequence[tuple[float, datetime]]) -> pl.DataFrame:
     """``known_at`` and the daily features, one row for each point of ``points`` (validated, sorted).
 
     ``records`` are dated all-time highs from elsewhere; each counts from the first daily point that is stamped no earlier than it.
@@ -165,9 +177,10 @@ def daily_indicators(points: pl.DataFrame, records: Sequence[tuple[float, dateti
         .select("timestamp", "ath", "ath_at")
     )
     return (
-        _on_grid(points, "1d")
+        with_stages(_on_grid(points, "1d"), DAILY_STAGES)
         .lazy()
         .join(highs, on="timestamp", how="left", maintain_order="left")
         .select(pl.col("available_at").alias("known_at"), *(f.expr.alias(f.name) for f in DAILY_FEATURES))
         .filter(pl.col("known_at").is_not_null())
+        .collect(optimizations=AS_WRITTEN)
     )

@@ -25,13 +25,11 @@ from crpbot_lib import config
 from crpbot_lib.config import TIMEFRAME_SECONDS, FeatureGroup
 from crpbot_lib.features import base, candles, catalog, coingecko, multi_timeframe
 from crpbot_lib.features.errors import FeatureError, NoRowError
-from crpbot_lib.features.feature import CLOSES_AFTER, Feature
+from crpbot_lib.features.feature import AS_WRITTEN, CLOSES_AFTER, Feature, with_stages
 
 VALUE = pl.Float32()
 """What a feature is stored as; everything before is computed in Float64."""
 _CARRIED = ("timestamp", "open", "high", "low", "close", "volume")
-_AS_WRITTEN = pl.QueryOptFlags.none()
-"""The queries are written in the order in which they are to run; optimising 73 formulas costs more than computing a live window."""
 
 
 @dataclass
@@ -119,14 +117,14 @@ def engineer_months(
             except FeatureError as error:
                 raise FeatureError(f"{symbol} {error}") from None
             # a bar stands until the next one closes, and not a minute longer
-            known.append(_Known(multi_timeframe.bars(width, bars, served).collect(), timedelta(seconds=seconds) - CLOSES_AFTER))
+            known.append(_Known(multi_timeframe.bars(width, bars, served), timedelta(seconds=seconds) - CLOSES_AFTER))
     if "coingecko_hourly" in groups:
         hourly = candles.check_points(f"{symbol} CoinGecko hourly points", coingecko_points.get("hourly"))
-        known.append(_Known(coingecko.hourly_indicators(hourly).collect(), coingecko.HOURLY_MAX_AGE))
+        known.append(_Known(coingecko.hourly_indicators(hourly), coingecko.HOURLY_MAX_AGE))
     if "coingecko_daily" in groups:
         daily = candles.check_points(f"{symbol} CoinGecko daily points", coingecko_points.get("daily"))
         records = candles.check_all_time_highs(coingecko_points.get("all_time_high"))
-        known.append(_Known(coingecko.daily_indicators(daily, records).collect(), coingecko.DAILY_MAX_AGE))
+        known.append(_Known(coingecko.daily_indicators(daily, records), coingecko.DAILY_MAX_AGE))
     account = Account(holes, compared)
     return account, _months(minutes, known, tuple(groups), start or minutes["timestamp"][0], account)
 
@@ -172,19 +170,20 @@ def _months(
         yield rows.drop_nulls() if lacking else rows
 
 
-def _base(piece: pl.DataFrame, groups: tuple[FeatureGroup, ...]) -> pl.LazyFrame:
+def _base(piece: pl.DataFrame, groups: tuple[FeatureGroup, ...]) -> pl.DataFrame:
     """The warm rows of minutes without a hole, with the base features and what the joins and the multi-timeframe features need."""
-    return base.prepare(piece.lazy()).select(_base_columns(groups, VALUE)).slice(catalog.SEGMENT_WARM_UP)
+    return with_stages(piece, base.STAGES).select(_base_columns(groups, VALUE)).slice(catalog.SEGMENT_WARM_UP)
 
 
-def _rows(base_rows: pl.LazyFrame, known: Sequence[_Known], groups: tuple[FeatureGroup, ...]) -> pl.DataFrame:
+def _rows(base_rows: pl.DataFrame, known: Sequence[_Known], groups: tuple[FeatureGroup, ...]) -> pl.DataFrame:
     """The columns of the file; null where a value was not known."""
+    rows = base_rows.lazy()
     for one in known:
         series = one.series.lazy().rename({"known_at": "decided_at"})
-        base_rows = base_rows.join_asof(series, on="decided_at", strategy="backward", tolerance=one.max_age)
+        rows = rows.join_asof(series, on="decided_at", strategy="backward", tolerance=one.max_age)
     if "multi_timeframe" in groups:
-        base_rows = multi_timeframe.prepare(base_rows)
-    return base_rows.select(_file_columns(groups, VALUE)).collect(optimizations=_AS_WRITTEN)
+        rows = multi_timeframe.prepare(rows)
+    return rows.select(_file_columns(groups, VALUE)).collect(optimizations=AS_WRITTEN)
 
 
 @lru_cache

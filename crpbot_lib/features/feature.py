@@ -6,7 +6,7 @@ about each and the expression that computes it stand side by side, so that a for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -18,6 +18,8 @@ from crpbot_lib.config import FeatureGroup
 
 Values = npt.NDArray[np.float64]
 TIMESTAMP = pl.Datetime("us", "UTC")
+AS_WRITTEN = pl.QueryOptFlags.none()
+"""For queries that are written in the order in which they are to run: optimising them costs more than computing a live window."""
 CLOSES_AFTER = timedelta(minutes=1)
 """A row is the 1-minute candle that opens at ``timestamp``; its decision is taken when that candle closes."""
 
@@ -55,7 +57,41 @@ def ema(values: pl.Expr, span: int) -> pl.Expr:
     return values.ewm_mean(span=span, adjust=False, ignore_nulls=True)
 
 
-def sma(values: pl.Expr, length: int) -> pl.Expr:
+@dataclass(frozen=True)
+class Window:
+    """What is computed of the last ``length`` values of a column, for every row; null before there are so many.
+
+    ``compute`` takes all values (NaN where one is missing) and gives one number for each whole window. It adds and compares whole
+    series, once for each place of the window. So a window's number depends on nothing but its own values, where polars' rolling
+    functions carry a sum along, whose last bits depend on where the series begins and on the number of threads; and a rolling rank
+    takes ten times as long.
+    """
+
+    column: str
+    length: int
+    compute: Callable[[Values], Values]
+
+    def of(self, frame: pl.DataFrame) -> pl.Expr:
+        result = np.full(frame.height, np.nan)
+        if frame.height >= self.length:
+            result[self.length - 1 :] = self.compute(frame[self.column].to_numpy())
+        return pl.lit(pl.Series(result)).fill_nan(None)
+
+
+Stage = Mapping[str, pl.Expr | Window]
+
+
+def with_stages(frame: pl.DataFrame, stages: Iterable[Stage]) -> pl.DataFrame:
+    """``frame`` with the columns of ``stages``, each computed from the frame with those before it."""
+    for stage in stages:
+        # windows one after the other and outside of polars: its threads would wait for each other at Python's lock
+        frame = frame.with_columns(
+            **{name: how.of(frame) if isinstance(how, Window) else how for name, how in stage.items()},
+        )
+    return frame
+
+
+def sma(column: str, length: int) -> Window:
     """Mean of the last ``length`` values; null where one of them is missing."""
 
     def mean(x: Values) -> Values:
@@ -69,10 +105,10 @@ def sma(values: pl.Expr, length: int) -> pl.Expr:
             sums, width = sums[:-width] + sums[width:], 2 * width
         return total / length
 
-    return _over_windows(values, length, mean)
+    return Window(column, length, mean)
 
 
-def population_std(values: pl.Expr, length: int) -> pl.Expr:
+def population_std(column: str, length: int) -> Window:
     """Population standard deviation of the last ``length`` values; exactly 0 where they are equal, null where one is missing."""
 
     def std(x: Values) -> Values:
@@ -85,10 +121,10 @@ def population_std(values: pl.Expr, length: int) -> pl.Expr:
             squares += deviation * deviation
         return np.sqrt((squares - total * total / length) / length)
 
-    return _over_windows(values, length, std)
+    return Window(column, length, std)
 
 
-def slope(values: pl.Expr, length: int) -> pl.Expr:
+def slope(column: str, length: int) -> Window:
     """Least-squares slope over the last ``length`` values, per row; null where one of them is missing.
 
     The weights are antisymmetric, so a window is summed as weighted differences from the outside in: exactly 0 where it is flat.
@@ -104,10 +140,10 @@ def slope(values: pl.Expr, length: int) -> pl.Expr:
             total += (middle - place) * (x[other : other + rows] - x[place : place + rows])
         return total / squares
 
-    return _over_windows(values, length, weighted)
+    return Window(column, length, weighted)
 
 
-def share_at_most(values: pl.Expr, length: int) -> pl.Expr:
+def share_at_most(column: str, length: int) -> Window:
     """The share of the last ``length`` (at most 255) values that are at most the newest one; none of them may be missing."""
 
     def counted(x: Values) -> Values:
@@ -117,24 +153,7 @@ def share_at_most(values: pl.Expr, length: int) -> pl.Expr:
             count += (x[place : place + rows] <= newest).view(np.uint8)
         return count / length
 
-    return _over_windows(values, length, counted)
-
-
-def _over_windows(values: pl.Expr, length: int, compute: Callable[[Values], Values]) -> pl.Expr:
-    """``compute`` of all values (NaN where one is missing) gives one number for each whole window; null before the first.
-
-    Whole series are added and compared, once for each place of the window. So a window's number depends on nothing but its own
-    values, where polars' rolling functions carry a sum along, whose last bits depend on where the series begins and on the number
-    of threads; and a rolling rank takes ten times as long.
-    """
-
-    def over(series: pl.Series) -> pl.Series:
-        result = np.full(len(series), np.nan)
-        if len(series) >= length:
-            result[length - 1 :] = compute(series.to_numpy())
-        return pl.Series(series.name, result, nan_to_null=True)
-
-    return values.map_batches(over, return_dtype=pl.Float64)
+    return Window(column, length, counted)
 
 
 def rsi(average_gain: pl.Expr, average_loss: pl.Expr) -> pl.Expr:

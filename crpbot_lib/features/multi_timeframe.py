@@ -10,7 +10,7 @@ import polars as pl
 
 from crpbot_lib.config import TIMEFRAME_SECONDS, Timeframe
 from crpbot_lib.features.errors import FeatureError
-from crpbot_lib.features.feature import CLOSES_AFTER, Feature
+from crpbot_lib.features.feature import AS_WRITTEN, CLOSES_AFTER, Feature
 
 WIDTHS: tuple[Timeframe, ...] = ("5m", "15m", "1h")
 OHLCV = ("open", "high", "low", "close", "volume")
@@ -86,7 +86,7 @@ def prepare(rows: pl.LazyFrame) -> pl.LazyFrame:
     )
 
 
-def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.LazyFrame:
+def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.DataFrame:
     """The candles of one width on their own full grid: ``known_at`` (their close), OHLCV and the sign of the 5-bar change.
 
     ``minutes`` are the 1-minute candles as served. A bar that is not served and in which no minute traded is flat at the last
@@ -97,19 +97,16 @@ def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.La
     # the grid ends with the last bar closed by the last decision: a later one can never be used
     decided = minutes["timestamp"][-1] + CLOSES_AFTER
     last = decided - timedelta(seconds=decided.timestamp() % seconds) - every
-    grid = pl.datetime_range(served["timestamp"][0], last, every, time_unit="us", eager=True).alias("timestamp")
-    traded = minutes.lazy().select(pl.col("timestamp").dt.truncate(width), traded=pl.lit(True)).unique()
+    grid = pl.datetime_range(served["timestamp"][0], last, every, time_unit="us", eager=True).alias("timestamp").to_frame().lazy()
+    on_grid = grid.join(served.lazy(), on="timestamp", how="left", maintain_order="left")
     silent, unserved = pl.col("silent"), pl.col("unserved")
     # NaN stands for a close that was not served: it must not be bridged by the close before it
     last_close = pl.when(unserved).then(float("nan")).otherwise(pl.col("close")).forward_fill().fill_nan(None)
     return (
-        grid.to_frame()
-        .lazy()
-        .join(served.lazy(), on="timestamp", how="left", maintain_order="left")
-        .join(traded, on="timestamp", how="left", maintain_order="left")
+        _with_own_close(on_grid, every, minutes)
         .with_columns(
-            silent=pl.col("close").is_null() & pl.col("traded").is_null(),
-            unserved=pl.col("close").is_null() & pl.col("traded").is_not_null(),
+            silent=pl.col("close").is_null() & pl.col("own").is_null(),
+            unserved=pl.col("close").is_null() & pl.col("own").is_not_null(),
         )
         .with_columns(last_close=last_close)
         .with_columns(
@@ -121,6 +118,7 @@ def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.La
             *(pl.col(column).alias(f"{width}_{column}") for column in OHLCV),
             (pl.col("close") - pl.col("close").shift(BARS_BACK)).sign().alias(f"{width}_sign"),
         )
+        .collect(optimizations=AS_WRITTEN)
     )
 
 
@@ -130,17 +128,14 @@ def compare_with_minutes(width: Timeframe, served: pl.DataFrame, minutes: pl.Dat
     Raises FeatureError when so many differ that the two series are not of one market, or one is shifted.
     """
     every = timedelta(seconds=TIMEFRAME_SECONDS[width])
-    own = minutes.lazy().group_by(pl.col("timestamp").dt.truncate(width)).agg(own=pl.col("close").last())
     whole = (pl.col("timestamp") >= minutes["timestamp"][0]) & (
         pl.col("timestamp") + every <= minutes["timestamp"][-1] + CLOSES_AFTER
     )
     differing = ((pl.col("close") - pl.col("own")).abs() > 1e-9 * pl.col("own")).cast(pl.Boolean)
     found = (
-        served.lazy()
-        .filter(whole)
-        .join(own, on="timestamp")
-        .select(compared=pl.len(), differing=differing.sum(), first=pl.col("timestamp").filter(differing).min())
-        .collect()
+        _with_own_close(served.lazy().filter(whole), every, minutes)
+        .select(compared=pl.col("own").count(), differing=differing.sum(), first=pl.col("timestamp").filter(differing).min())
+        .collect(optimizations=AS_WRITTEN)
         .row(0, named=True)
     )
     compared, differs = int(found["compared"]), int(found["differing"])
@@ -150,3 +145,10 @@ def compare_with_minutes(width: Timeframe, served: pl.DataFrame, minutes: pl.Dat
             f"{found['first']:%Y-%m-%d %H:%M} UTC; fetch both from the same product again, and check that timestamps are open times"
         )
     return {"compared": compared, "differing": differs}
+
+
+def _with_own_close(bars: pl.LazyFrame, every: timedelta, minutes: pl.DataFrame) -> pl.LazyFrame:
+    """``bars`` with ``own``, the close of the last 1-minute candle inside each; null where no minute traded."""
+    before_last = every - CLOSES_AFTER
+    own = minutes.lazy().select(pl.col("timestamp").alias("last_minute"), pl.col("close").alias("own"))
+    return bars.with_columns(last_minute=pl.col("timestamp") + before_last).join_asof(own, on="last_minute", tolerance=before_last)
