@@ -84,26 +84,6 @@ class TestHoles:
         assert filled.select("open", "high", "low", "close", "volume").rows() == [(last, last, last, last, 0.0)] * 3
         assert built.holes.rows() == [(hole, 3, False)]
 
-    def test_rows_stand_again_only_when_warm_after_an_outage(self, outage_market: Any) -> None:
-        built = outage_market.features()
-        gone, back = (datetime(2023, 3, 24, h, m, tzinfo=UTC) for h, m in ((12, 40), (14, 0)))
-        assert (gone, 80, True) in built.holes.rows()
-        assert built.frame.filter(pl.col("timestamp").is_between(gone, back + (COLD - 1) * MINUTE)).is_empty()
-        assert built.frame.filter(pl.col("timestamp") >= back)["timestamp"][0] == back + COLD * MINUTE
-
-    def test_nothing_looks_back_over_an_outage(self, outage_market: Any) -> None:
-        """Another world before the outage, the same rows after it."""
-        back = datetime(2023, 3, 24, 14, 0, tzinfo=UTC)
-        before, price = pl.col("timestamp") < back, pl.col("open", "high", "low", "close", "volume")
-        other = {
-            width: frame.with_columns(pl.when(before).then(price * 7).otherwise(price).name.keep())
-            for width, frame in outage_market.candles.items()
-        }
-        # the 1h bar of 13:00 ends as trading resumes, that of 14:00 holds no minute of the outage
-        mine, theirs = (m.frame().filter(~before) for m in (outage_market, replace(outage_market, candles=other)))
-        assert mine.height
-        assert_frame_equal(mine, theirs)
-
     def test_a_frozen_market_has_no_bb_position_and_so_no_rows(self, outage_market: Any) -> None:
         built = outage_market.features()
         frozen = pl.col("timestamp").is_between(
