@@ -56,6 +56,22 @@ def test_where_the_computation_begins_changes_no_value(span: Any, real: Any, tal
         assert tally["start of the computation"][-1] <= SAME
 
 
+@pytest.mark.usefixtures("before_the_cast")
+def test_a_day_alone_beside_an_outage(span: Any, market_data_dir: Path | None, tally: dict[str, list[float]]) -> None:
+    """Each day of a span with what the catalog reads before it: the same rows, where the outage lies in the warm-up too."""
+    start = span.start.replace(hour=0) - 2 * DAY
+    market = replace(span, start=start, hours=5 * 24).market(market_data_dir)
+    whole = market.frame()
+    for day in (start + i * DAY for i in range(1, 5)):
+        read = market.since(day - catalog.CANDLE_LEAD_DAYS * DAY, day - catalog.HOURLY_LEAD_DAYS * DAY)
+        alone = read.features(day).frame.filter(pl.col("timestamp") < day + DAY)
+        same = whole.filter(pl.col("timestamp").is_between(day, day + DAY, closed="left"))
+        assert alone.height == same.height
+        if same.height:
+            tally["a day alone"].append(_apart(same, alone, whole).max())
+            assert tally["a day alone"][-1] <= SAME
+
+
 class TestTheEndOfAMonth:
     """Minutes are computed by months; the same market moved by weeks, so that months end elsewhere in it, has the same rows."""
 

@@ -39,7 +39,7 @@ def tally(proof: list[str], market_data_dir: object) -> Iterator[Tally]:
     """What was compared, for the end of pytest's output."""
     tally = Tally()
     yield tally
-    data = "real" if market_data_dir else "generated"
+    data = "real and ragged" if market_data_dir else "generated"
     proof.append(
         f"truncation: {tally.cuts} random cuts of {tally.spans} spans of {data} data, {tally.values:,} values before the cast to "
         f"float32, {tally.violations} that differ"
@@ -83,6 +83,34 @@ def test_what_comes_later_changes_no_value(span: Any, real: Any, tally: Tally) -
     tally.spans, tally.cuts, tally.values = tally.spans + 1, tally.cuts + CUTS, tally.values + compared
     tally.violations += sum(differing.values())
     assert compared > 78 * 100 * CUTS
+    assert differing == {}
+
+
+@pytest.mark.usefixtures("before_the_cast")
+@pytest.mark.parametrize("seed", range(12))
+def test_nor_in_series_with_holes_nulls_and_bars_that_were_not_served(random_market: Any, seed: int, tally: Tally) -> None:
+    """Generated, over the end of a month, each series with faults of its own that are allowed."""
+    draw, border = np.random.default_rng(seed), datetime(2025, 6, 1, tzinfo=UTC)
+    market = random_market(2 * 1440 + 720, seed=seed, start=border - timedelta(hours=36 + seed))
+
+    def thinned(frame: pl.DataFrame, share: float, runs: int = 1) -> pl.DataFrame:
+        gone = np.convolve(draw.random(frame.height) < share, np.ones(runs), "same") > 0
+        return frame.filter(pl.Series(~gone))
+
+    def nulled(frame: pl.DataFrame) -> pl.DataFrame:
+        return frame.with_columns(
+            pl.when(pl.Series(draw.random(frame.height) > 0.004)).then(column).alias(column)
+            for column in ("price", "market_cap", "total_volume")
+        )
+
+    market = market.with_minutes(thinned(thinned(market.minutes, 0.05), 0.0005, 18))
+    bars = {width: thinned(market.candles[width], 0.01) for width in WIDTHS}
+    hourly = nulled(thinned(market.hourly, 0.002, draw.choice([1, 4, 8])))
+    ragged = replace(market, candles=market.candles | bars, hourly=hourly, daily=nulled(thinned(market.daily, 0.02)))
+    cuts = _cuts(ragged, ragged.minutes["timestamp"][700], 6, f"ragged {seed}")
+    compared, differing = _compare(lambda market: market.frame(), ragged, cuts)
+    tally.spans, tally.cuts, tally.values = tally.spans + 1, tally.cuts + 6, tally.values + compared
+    tally.violations += sum(differing.values())
     assert differing == {}
 
 
