@@ -9,52 +9,62 @@ starts anew after it, and rows stand again only when the segment is warm, so tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
+from functools import lru_cache
 
 import polars as pl
 
 from crpbot_lib import candle_rules
 from crpbot_lib.features.errors import FeatureError
-from crpbot_lib.features.feature import AS_WRITTEN, TIMESTAMP
+from crpbot_lib.features.feature import TIMESTAMP
 
 CANDLE_COLUMNS = ("timestamp", "open", "high", "low", "close", "volume")
 POINT_COLUMNS = ("timestamp", "available_at", "price", "market_cap", "total_volume")
+
+
+Check = tuple[str, pl.Expr, str]
+"""A column, the first row in which it is wrong, and what was expected."""
 
 
 def check_candles(name: str, frame: pl.DataFrame | None, seconds: int) -> pl.DataFrame:
     """``frame`` with exactly the candle columns, typed; FeatureError names what is wrong, in which column and row (from 0): no
     finite number, no rising time on the grid of ``seconds``, or a candle that cannot be (``candle_rules``)."""
     frame = _typed(name, frame, CANDLE_COLUMNS, CANDLE_COLUMNS[:1])
-    off_grid = pl.col("timestamp").dt.epoch("us") % (seconds * 1_000_000) != 0
-    _refuse(
-        name,
-        frame,
-        [
-            *((column, ~pl.col(column).is_finite().fill_null(False), "expected a finite number") for column in CANDLE_COLUMNS[1:]),
-            *_order("timestamp", strictly=True),
-            ("timestamp", off_grid, f"expected a candle's open time, a multiple of {seconds} s"),
-            *((column, wrong, f"this is {problem}: no candle") for column, wrong, problem in candle_rules.IMPOSSIBLE),
-        ],
-    )
+    _refuse(name, frame, _candle_checks(seconds))
     return frame
+
+
+@lru_cache
+def _candle_checks(seconds: int) -> list[Check]:
+    off_grid = pl.col("timestamp").dt.epoch("us") % (seconds * 1_000_000) != 0
+    return [
+        *(
+            _check(column, ~pl.col(column).is_finite().fill_null(False), "expected a finite number")
+            for column in CANDLE_COLUMNS[1:]
+        ),
+        *_order("timestamp", strictly=True),
+        _check("timestamp", off_grid, f"expected a candle's open time, a multiple of {seconds} s"),
+        *(_check(column, wrong, f"this is {problem}: no candle") for column, wrong, problem in candle_rules.IMPOSSIBLE),
+    ]
 
 
 def check_points(name: str, frame: pl.DataFrame | None) -> pl.DataFrame:
     """CoinGecko points with exactly their columns, typed; nulls in the values are allowed, NaN is not."""
     frame = _typed(name, frame, POINT_COLUMNS, POINT_COLUMNS[:2])
+    _refuse(name, frame, _point_checks())
+    return frame
+
+
+@lru_cache
+def _point_checks() -> list[Check]:
     early = pl.col("available_at") < pl.col("timestamp")
     finite = "expected a finite number, or null where CoinGecko has none"
-    _refuse(
-        name,
-        frame,
-        [
-            *((column, ~pl.col(column).is_finite(), finite) for column in POINT_COLUMNS[2:]),
-            *_order("timestamp", strictly=True),
-            *_order("available_at", strictly=False),
-            ("available_at", early, "expected no time before the point's own timestamp"),
-        ],
-    )
-    return frame
+    return [
+        *(_check(column, ~pl.col(column).is_finite(), finite) for column in POINT_COLUMNS[2:]),
+        *_order("timestamp", strictly=True),
+        *_order("available_at", strictly=False),
+        _check("available_at", early, "expected no time before the point's own timestamp"),
+    ]
 
 
 def check_all_time_highs(value: object) -> list[tuple[float, datetime]]:
@@ -75,16 +85,14 @@ def check_all_time_highs(value: object) -> list[tuple[float, datetime]]:
 
 def fill_no_trade_minutes(minutes: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The minutes with the no-trade ones filled and a ``segment`` number, and the holes: ``start``, ``minutes``, ``outage``."""
-    width = timedelta(minutes=1)
+    width = pl.duration(minutes=1)
     missing = pl.col("timestamp").diff() / width - 1
     holes = (
-        minutes.lazy()
-        .select(start=pl.col("timestamp").shift(1) + width, minutes=missing.round().cast(pl.Int64))
+        minutes.select(start=pl.col("timestamp").shift(1) + width, minutes=missing.round().cast(pl.Int64))
         .filter(pl.col("minutes") > 0)
         .with_columns(outage=pl.col("minutes") > candle_rules.MAX_NO_TRADE_MINUTES)
-        .collect(optimizations=AS_WRITTEN)
     )
-    outage = pl.col("timestamp").diff() > width * (candle_rules.MAX_NO_TRADE_MINUTES + 1)
+    outage = pl.col("timestamp").diff() > pl.duration(minutes=candle_rules.MAX_NO_TRADE_MINUTES + 1)
     filled = minutes.with_columns(segment=outage.fill_null(False).cum_sum())
     silent = holes.filter(~pl.col("outage"))
     if silent.height:
@@ -102,10 +110,6 @@ def fill_no_trade_minutes(minutes: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataF
     return filled, holes
 
 
-Check = tuple[str, pl.Expr, str]
-"""A column, where it is wrong, and what was expected."""
-
-
 def _typed(name: str, frame: pl.DataFrame | None, columns: Sequence[str], times: Sequence[str]) -> pl.DataFrame:
     if frame is None:
         raise FeatureError(f"{name} are missing: expected a frame with {', '.join(columns)}")
@@ -121,23 +125,28 @@ def _typed(name: str, frame: pl.DataFrame | None, columns: Sequence[str], times:
         if column not in times and not dtype.is_numeric() and dtype != pl.Null:
             raise FeatureError(f"{name}, column {column}: the type is {dtype}, expected Float64")
     if any(frame[column].null_count() for column in times):
-        _refuse(name, frame, [(column, pl.col(column).is_null(), "expected a time") for column in times])
+        _refuse(name, frame, [_check(column, pl.col(column).is_null(), "expected a time") for column in times])
     types = {column: TIMESTAMP if column in times else pl.Float64() for column in columns}
     frame = frame[list(columns)]
     return frame if frame.schema == types else frame.cast(types)  # type: ignore[arg-type]
 
 
+def _check(column: str, wrong: pl.Expr, expected: str) -> Check:
+    """A comparison with null is no finding."""
+    return column, wrong.fill_null(False).arg_true().first(), expected
+
+
 def _order(column: str, *, strictly: bool) -> list[Check]:
-    step = pl.col(column).diff()
-    checks: list[Check] = [(column, step < timedelta(0), "expected ascending order, this row lies before the one above it")]
+    before = pl.col(column).shift(1)
+    checks = [_check(column, pl.col(column) < before, "expected ascending order, this row lies before the one above it")]
     if strictly:
-        checks.append((column, step == timedelta(0), "expected each time once, this row repeats the one above it"))
+        checks.append(_check(column, pl.col(column) == before, "expected each time once, this row repeats the one above it"))
     return checks
 
 
 def _refuse(name: str, frame: pl.DataFrame, checks: Sequence[Check]) -> None:
-    """Raises for the first of ``checks`` that finds a row. A comparison with null is no finding."""
-    found = frame.select(wrong.fill_null(False).arg_true().first().alias(str(i)) for i, (_, wrong, _) in enumerate(checks))
+    """Raises for the first of ``checks`` that finds a row."""
+    found = frame.select(row.alias(str(i)) for i, (_, row, _) in enumerate(checks))
     for row, (column, _, expected) in zip(found.row(0), checks, strict=True):
         if row is not None:
             raise FeatureError(f"{name}, column {column}, row {row}: the value is {frame[column][row]}; {expected}")

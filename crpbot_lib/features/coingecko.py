@@ -12,7 +12,6 @@ from datetime import datetime, timedelta
 import polars as pl
 
 from crpbot_lib.features.feature import (
-    AS_WRITTEN,
     TIMESTAMP,
     Feature,
     Stage,
@@ -136,7 +135,7 @@ def _on_grid(points: pl.DataFrame, every: str) -> pl.DataFrame:
     """One row a slot, from the first to the last, null where CoinGecko has no point. Of two points in a slot the first counts:
     it was the slot's point when it appeared."""
     slots = points.with_columns(slot=pl.col("timestamp").dt.truncate(every))
-    slots = slots.filter(pl.col("slot").diff().ne_missing(timedelta(0)))
+    slots = slots.filter(pl.col("slot").ne_missing(pl.col("slot").shift(1)))
     grid = pl.datetime_range(slots["slot"][0], slots["slot"][-1], every, time_unit="us", eager=True).alias("slot")
     return slots if len(grid) == slots.height else grid.to_frame().join(slots, on="slot", how="left", maintain_order="left")
 
@@ -168,7 +167,7 @@ def daily_indicators(points: pl.DataFrame, records: Sequence[tuple[float, dateti
     value = pl.coalesce("price", "record")
     # on equal stamps the record comes first, and so counts for the point
     highs = (
-        pl.concat([dated.lazy(), points.lazy().select("timestamp", "price")], how="diagonal")
+        pl.concat([dated, points.select("timestamp", "price")], how="diagonal")
         .sort("timestamp", maintain_order=True)
         .with_columns(ath=value.cum_max().forward_fill())
         .with_columns(ath_at=pl.when((value > pl.col("ath").shift(1)) | pl.col("ath").shift(1).is_null()).then("timestamp"))
@@ -178,9 +177,7 @@ def daily_indicators(points: pl.DataFrame, records: Sequence[tuple[float, dateti
     )
     return (
         with_stages(_on_grid(points, "1d"), DAILY_STAGES)
-        .lazy()
         .join(highs, on="timestamp", how="left", maintain_order="left")
         .select(pl.col("available_at").alias("known_at"), *(f.expr.alias(f.name) for f in DAILY_FEATURES))
         .filter(pl.col("known_at").is_not_null())
-        .collect(optimizations=AS_WRITTEN)
     )

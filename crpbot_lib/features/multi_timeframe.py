@@ -10,7 +10,7 @@ import polars as pl
 
 from crpbot_lib.config import TIMEFRAME_SECONDS, Timeframe
 from crpbot_lib.features.errors import FeatureError
-from crpbot_lib.features.feature import AS_WRITTEN, CLOSES_AFTER, Feature
+from crpbot_lib.features.feature import CLOSES_AFTER, Feature
 
 WIDTHS: tuple[Timeframe, ...] = ("5m", "15m", "1h")
 OHLCV = ("open", "high", "low", "close", "volume")
@@ -97,8 +97,8 @@ def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.Da
     # the grid ends with the last bar closed by the last decision: a later one can never be used
     decided = minutes["timestamp"][-1] + CLOSES_AFTER
     last = decided - timedelta(seconds=decided.timestamp() % seconds) - every
-    grid = pl.datetime_range(served["timestamp"][0], last, every, time_unit="us", eager=True).alias("timestamp").to_frame().lazy()
-    on_grid = grid.join(served.lazy(), on="timestamp", how="left", maintain_order="left")
+    grid = pl.datetime_range(served["timestamp"][0], last, every, time_unit="us", eager=True).alias("timestamp").to_frame()
+    on_grid = grid.join(served, on="timestamp", how="left", maintain_order="left")
     silent, unserved = pl.col("silent"), pl.col("unserved")
     # NaN stands for a close that was not served: it must not be bridged by the close before it
     last_close = pl.when(unserved).then(float("nan")).otherwise(pl.col("close")).forward_fill().fill_nan(None)
@@ -114,11 +114,10 @@ def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.Da
             volume=pl.when(silent & pl.col("last_close").is_not_null()).then(0.0).otherwise("volume"),
         )
         .select(
-            (pl.col("timestamp") + every).alias("known_at"),
+            (pl.col("timestamp") + pl.duration(seconds=seconds)).alias("known_at"),
             *(pl.col(column).alias(f"{width}_{column}") for column in OHLCV),
             (pl.col("close") - pl.col("close").shift(BARS_BACK)).sign().alias(f"{width}_sign"),
         )
-        .collect(optimizations=AS_WRITTEN)
     )
 
 
@@ -129,13 +128,12 @@ def compare_with_minutes(width: Timeframe, served: pl.DataFrame, minutes: pl.Dat
     """
     every = timedelta(seconds=TIMEFRAME_SECONDS[width])
     whole = (pl.col("timestamp") >= minutes["timestamp"][0]) & (
-        pl.col("timestamp") + every <= minutes["timestamp"][-1] + CLOSES_AFTER
+        pl.col("timestamp") <= minutes["timestamp"][-1] + CLOSES_AFTER - every
     )
     differing = ((pl.col("close") - pl.col("own")).abs() > 1e-9 * pl.col("own")).cast(pl.Boolean)
     found = (
-        _with_own_close(served.lazy().filter(whole), every, minutes)
+        _with_own_close(served.filter(whole), every, minutes)
         .select(compared=pl.col("own").count(), differing=differing.sum(), first=pl.col("timestamp").filter(differing).min())
-        .collect(optimizations=AS_WRITTEN)
         .row(0, named=True)
     )
     compared, differs = int(found["compared"]), int(found["differing"])
@@ -147,8 +145,9 @@ def compare_with_minutes(width: Timeframe, served: pl.DataFrame, minutes: pl.Dat
     return {"compared": compared, "differing": differs}
 
 
-def _with_own_close(bars: pl.LazyFrame, every: timedelta, minutes: pl.DataFrame) -> pl.LazyFrame:
+def _with_own_close(bars: pl.DataFrame, every: timedelta, minutes: pl.DataFrame) -> pl.DataFrame:
     """``bars`` with ``own``, the close of the last 1-minute candle inside each; null where no minute traded."""
     before_last = every - CLOSES_AFTER
-    own = minutes.lazy().select(pl.col("timestamp").alias("last_minute"), pl.col("close").alias("own"))
-    return bars.with_columns(last_minute=pl.col("timestamp") + before_last).join_asof(own, on="last_minute", tolerance=before_last)
+    last_minute = pl.col("timestamp") + pl.duration(seconds=before_last.seconds)
+    own = minutes.select(pl.col("timestamp").alias("last_minute"), pl.col("close").alias("own"))
+    return bars.with_columns(last_minute=last_minute).join_asof(own, on="last_minute", tolerance=before_last)
