@@ -112,12 +112,13 @@ def engineer_months(
         for width in multi_timeframe.WIDTHS:
             name, seconds = f"{symbol} {width} candles", TIMEFRAME_SECONDS[width]
             bars = candles.check_candles(name, candles_by_width.get(width), seconds)
+            grid = multi_timeframe.on_grid(width, bars, served)
             try:
-                compared[width] = multi_timeframe.compare_with_minutes(width, bars, served)
+                compared[width] = multi_timeframe.compare_with_minutes(width, grid, served["timestamp"][0])
             except FeatureError as error:
                 raise FeatureError(f"{symbol} {error}") from None
             # a bar stands until the next one closes, and not a minute longer
-            known.append(_Known(multi_timeframe.bars(width, bars, served), timedelta(seconds=seconds) - CLOSES_AFTER))
+            known.append(_Known(multi_timeframe.bars(width, grid), timedelta(seconds=seconds) - CLOSES_AFTER))
     if "coingecko_hourly" in groups:
         hourly = candles.check_points(f"{symbol} CoinGecko hourly points", coingecko_points.get("hourly"))
         known.append(_Known(coingecko.hourly_indicators(hourly), coingecko.HOURLY_MAX_AGE))

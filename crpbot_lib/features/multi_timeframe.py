@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import polars as pl
 
@@ -86,54 +86,60 @@ def prepare(rows: pl.LazyFrame) -> pl.LazyFrame:
     )
 
 
-def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.DataFrame:
-    """The candles of one width on their own full grid: ``known_at`` (their close), OHLCV and the sign of the 5-bar change.
-
-    ``minutes`` are the 1-minute candles as served. A bar that is not served and in which no minute traded is flat at the last
-    close, volume 0; one that is not served although minutes traded is unknown: null, and so is every value that needs it.
-    """
-    seconds = TIMEFRAME_SECONDS[width]
-    every = timedelta(seconds=seconds)
+def on_grid(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.DataFrame:
+    """The candles of one width as served, null where one is not, on their own full grid, and ``own``, the close of the last of
+    ``minutes`` (the 1-minute candles as served) inside each; null where no minute traded."""
+    every = timedelta(seconds=TIMEFRAME_SECONDS[width])
     # the grid ends with the last bar closed by the last decision: a later one can never be used
     decided = minutes["timestamp"][-1] + CLOSES_AFTER
-    last = decided - timedelta(seconds=decided.timestamp() % seconds) - every
+    last = decided - timedelta(seconds=decided.timestamp() % every.total_seconds()) - every
     grid = pl.datetime_range(served["timestamp"][0], last, every, time_unit="us", eager=True).alias("timestamp").to_frame()
-    on_grid = grid.join(served, on="timestamp", how="left", maintain_order="left")
-    silent, unserved = pl.col("silent"), pl.col("unserved")
-    # NaN stands for a close that was not served: it must not be bridged by the close before it
-    last_close = pl.when(unserved).then(float("nan")).otherwise(pl.col("close")).forward_fill().fill_nan(None)
+    before_last = every - CLOSES_AFTER
+    own = minutes.select(pl.col("timestamp").alias("last_minute"), pl.col("close").alias("own"))
     return (
-        _with_own_close(on_grid, every, minutes)
-        .with_columns(
-            silent=pl.col("close").is_null() & pl.col("own").is_null(),
-            unserved=pl.col("close").is_null() & pl.col("own").is_not_null(),
+        grid.join(served, on="timestamp", how="left", maintain_order="left")
+        .with_columns(last_minute=pl.col("timestamp") + pl.duration(seconds=before_last.seconds))
+        .join_asof(own, on="last_minute", tolerance=before_last)
+    )
+
+
+def bars(width: Timeframe, grid: pl.DataFrame) -> pl.DataFrame:
+    """From ``on_grid``: ``known_at`` (the candle's close), OHLCV and the sign of the 5-bar change.
+
+    A bar that is not served and in which no minute traded is flat at the last close, volume 0; one that is not served although
+    minutes traded is unknown: null, and so is every value that needs it.
+    """
+    missing, traded = pl.col("close").is_null(), pl.col("own").is_not_null()
+    silent, last_close = pl.col("silent"), pl.col("last_close")
+    return (
+        grid.with_columns(
+            silent=missing & ~traded,
+            # NaN stands for a close that was not served: it must not be bridged by the close before it
+            last_close=pl.when(missing & traded).then(float("nan")).otherwise("close").forward_fill().fill_nan(None),
         )
-        .with_columns(last_close=last_close)
         .with_columns(
-            *(pl.when(silent).then("last_close").otherwise(c).alias(c) for c in ("open", "high", "low", "close")),
-            volume=pl.when(silent & pl.col("last_close").is_not_null()).then(0.0).otherwise("volume"),
+            *(pl.when(silent).then(last_close).otherwise(c).alias(c) for c in ("open", "high", "low", "close")),
+            volume=pl.when(silent & last_close.is_not_null()).then(0.0).otherwise("volume"),
         )
         .select(
-            (pl.col("timestamp") + pl.duration(seconds=seconds)).alias("known_at"),
+            (pl.col("timestamp") + pl.duration(seconds=TIMEFRAME_SECONDS[width])).alias("known_at"),
             *(pl.col(column).alias(f"{width}_{column}") for column in OHLCV),
             (pl.col("close") - pl.col("close").shift(BARS_BACK)).sign().alias(f"{width}_sign"),
         )
     )
 
 
-def compare_with_minutes(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> dict[str, int]:
-    """How many served bars were compared with the 1-minute candles inside them, and how many have another close.
+def compare_with_minutes(width: Timeframe, grid: pl.DataFrame, first: datetime) -> dict[str, int]:
+    """Of ``on_grid``: how many served bars from ``first`` (of the 1-minute candles) on were compared with the 1-minute candles
+    inside them, and how many have another close.
 
     Raises FeatureError when so many differ that the two series are not of one market, or one is shifted.
     """
-    every = timedelta(seconds=TIMEFRAME_SECONDS[width])
-    whole = (pl.col("timestamp") >= minutes["timestamp"][0]) & (
-        pl.col("timestamp") <= minutes["timestamp"][-1] + CLOSES_AFTER - every
-    )
-    differing = ((pl.col("close") - pl.col("own")).abs() > 1e-9 * pl.col("own")).cast(pl.Boolean)
+    both = (pl.col("timestamp") >= first) & pl.col("close").is_not_null() & pl.col("own").is_not_null()
+    differing = (pl.col("close") - pl.col("own")).abs() > 1e-9 * pl.col("own")
     found = (
-        _with_own_close(served.filter(whole), every, minutes)
-        .select(compared=pl.col("own").count(), differing=differing.sum(), first=pl.col("timestamp").filter(differing).min())
+        grid.filter(both)
+        .select(compared=pl.len(), differing=differing.sum(), first=pl.col("timestamp").filter(differing).min())
         .row(0, named=True)
     )
     compared, differs = int(found["compared"]), int(found["differing"])
@@ -143,11 +149,3 @@ def compare_with_minutes(width: Timeframe, served: pl.DataFrame, minutes: pl.Dat
             f"{found['first']:%Y-%m-%d %H:%M} UTC; fetch both from the same product again, and check that timestamps are open times"
         )
     return {"compared": compared, "differing": differs}
-
-
-def _with_own_close(bars: pl.DataFrame, every: timedelta, minutes: pl.DataFrame) -> pl.DataFrame:
-    """``bars`` with ``own``, the close of the last 1-minute candle inside each; null where no minute traded."""
-    before_last = every - CLOSES_AFTER
-    last_minute = pl.col("timestamp") + pl.duration(seconds=before_last.seconds)
-    own = minutes.select(pl.col("timestamp").alias("last_minute"), pl.col("close").alias("own"))
-    return bars.with_columns(last_minute=last_minute).join_asof(own, on="last_minute", tolerance=before_last)
