@@ -9,7 +9,7 @@ starts anew after it, and rows stand again only when the segment is warm, so tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import lru_cache
 
 import polars as pl
@@ -23,7 +23,7 @@ POINT_COLUMNS = ("timestamp", "available_at", "price", "market_cap", "total_volu
 
 
 Check = tuple[str, pl.Expr, str]
-"""A column, the first row in which it is wrong, and what was expected."""
+"""A column, where it is wrong (null is nowhere), and what was expected."""
 
 
 def check_candles(name: str, frame: pl.DataFrame | None, seconds: int) -> pl.DataFrame:
@@ -38,13 +38,10 @@ def check_candles(name: str, frame: pl.DataFrame | None, seconds: int) -> pl.Dat
 def _candle_checks(seconds: int) -> list[Check]:
     off_grid = pl.col("timestamp").dt.epoch("us") % (seconds * 1_000_000) != 0
     return [
-        *(
-            _check(column, ~pl.col(column).is_finite().fill_null(False), "expected a finite number")
-            for column in CANDLE_COLUMNS[1:]
-        ),
+        *((column, ~pl.col(column).is_finite().fill_null(False), "expected a finite number") for column in CANDLE_COLUMNS[1:]),
         *_order("timestamp", strictly=True),
-        _check("timestamp", off_grid, f"expected a candle's open time, a multiple of {seconds} s"),
-        *(_check(column, wrong, f"this is {problem}: no candle") for column, wrong, problem in candle_rules.IMPOSSIBLE),
+        ("timestamp", off_grid, f"expected a candle's open time, a multiple of {seconds} s"),
+        *((column, wrong, f"this is {problem}: no candle") for column, wrong, problem in candle_rules.IMPOSSIBLE),
     ]
 
 
@@ -60,10 +57,10 @@ def _point_checks() -> list[Check]:
     early = pl.col("available_at") < pl.col("timestamp")
     finite = "expected a finite number, or null where CoinGecko has none"
     return [
-        *(_check(column, ~pl.col(column).is_finite(), finite) for column in POINT_COLUMNS[2:]),
+        *((column, ~pl.col(column).is_finite(), finite) for column in POINT_COLUMNS[2:]),
         *_order("timestamp", strictly=True),
         *_order("available_at", strictly=False),
-        _check("available_at", early, "expected no time before the point's own timestamp"),
+        ("available_at", early, "expected no time before the point's own timestamp"),
     ]
 
 
@@ -83,24 +80,24 @@ def check_all_time_highs(value: object) -> list[tuple[float, datetime]]:
     return sorted(checked, key=lambda record: record[1])
 
 
+_MINUTE = timedelta(minutes=1)
+_APART = pl.col("timestamp").diff()
+_BEFORE_HOLE = pl.col("timestamp").shift(1) + _MINUTE
+_MISSING = (_APART.dt.total_minutes() - 1).alias("minutes")
+_OUTAGE = (pl.col("minutes") > candle_rules.MAX_NO_TRADE_MINUTES).alias("outage")
+_SEGMENT = (_APART > (candle_rules.MAX_NO_TRADE_MINUTES + 1) * _MINUTE).fill_null(False).cum_sum().alias("segment")
+_HOLE_MINUTES = pl.datetime_ranges(
+    pl.col("start"), pl.col("start") + (pl.col("minutes") - 1) * pl.duration(minutes=1), interval="1m", time_unit="us"
+)
+
+
 def fill_no_trade_minutes(minutes: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The minutes with the no-trade ones filled and a ``segment`` number, and the holes: ``start``, ``minutes``, ``outage``."""
-    width = pl.duration(minutes=1)
-    missing = pl.col("timestamp").diff() / width - 1
-    holes = (
-        minutes.select(start=pl.col("timestamp").shift(1) + width, minutes=missing.round().cast(pl.Int64))
-        .filter(pl.col("minutes") > 0)
-        .with_columns(outage=pl.col("minutes") > candle_rules.MAX_NO_TRADE_MINUTES)
-    )
-    outage = pl.col("timestamp").diff() > pl.duration(minutes=candle_rules.MAX_NO_TRADE_MINUTES + 1)
-    filled = minutes.with_columns(segment=outage.fill_null(False).cum_sum())
+    filled = minutes.with_columns(_SEGMENT)
+    holes = minutes.select(_BEFORE_HOLE.alias("start"), _MISSING).filter(pl.col("minutes") > 0).with_columns(_OUTAGE)
     silent = holes.filter(~pl.col("outage"))
     if silent.height:
-        added = silent.select(
-            timestamp=pl.datetime_ranges(
-                pl.col("start"), pl.col("start") + (pl.col("minutes") - 1) * width, interval="1m", time_unit="us"
-            )
-        ).explode("timestamp")
+        added = silent.select(timestamp=_HOLE_MINUTES).explode("timestamp")
         filled = (
             pl.concat([filled, added], how="diagonal")
             .sort("timestamp")
@@ -125,28 +122,24 @@ def _typed(name: str, frame: pl.DataFrame | None, columns: Sequence[str], times:
         if column not in times and not dtype.is_numeric() and dtype != pl.Null:
             raise FeatureError(f"{name}, column {column}: the type is {dtype}, expected Float64")
     if any(frame[column].null_count() for column in times):
-        _refuse(name, frame, [_check(column, pl.col(column).is_null(), "expected a time") for column in times])
+        _refuse(name, frame, [(column, pl.col(column).is_null(), "expected a time") for column in times])
     types = {column: TIMESTAMP if column in times else pl.Float64() for column in columns}
     frame = frame[list(columns)]
     return frame if frame.schema == types else frame.cast(types)  # type: ignore[arg-type]
 
 
-def _check(column: str, wrong: pl.Expr, expected: str) -> Check:
-    """A comparison with null is no finding."""
-    return column, wrong.fill_null(False).arg_true().first(), expected
-
-
 def _order(column: str, *, strictly: bool) -> list[Check]:
     before = pl.col(column).shift(1)
-    checks = [_check(column, pl.col(column) < before, "expected ascending order, this row lies before the one above it")]
+    checks = [(column, pl.col(column) < before, "expected ascending order, this row lies before the one above it")]
     if strictly:
-        checks.append(_check(column, pl.col(column) == before, "expected each time once, this row repeats the one above it"))
+        checks.append((column, pl.col(column) == before, "expected each time once, this row repeats the one above it"))
     return checks
 
 
 def _refuse(name: str, frame: pl.DataFrame, checks: Sequence[Check]) -> None:
     """Raises for the first of ``checks`` that finds a row."""
-    found = frame.select(row.alias(str(i)) for i, (_, row, _) in enumerate(checks))
-    for row, (column, _, expected) in zip(found.row(0), checks, strict=True):
-        if row is not None:
+    found = frame.select(wrong.any().alias(str(i)) for i, (_, wrong, _) in enumerate(checks))
+    for one, (column, wrong, expected) in zip(found.row(0), checks, strict=True):
+        if one:
+            row = frame.select(wrong.fill_null(False).arg_true().first()).item()
             raise FeatureError(f"{name}, column {column}, row {row}: the value is {frame[column][row]}; {expected}")

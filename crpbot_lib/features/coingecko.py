@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from itertools import pairwise
 
 import polars as pl
 
 from crpbot_lib.features.feature import (
+    AS_WRITTEN,
     TIMESTAMP,
     Feature,
     Stage,
@@ -20,6 +22,7 @@ from crpbot_lib.features.feature import (
     population_std,
     rsi,
     sma,
+    steps,
     wilder,
     with_stages,
 )
@@ -131,29 +134,39 @@ DAILY_FEATURES: tuple[Feature, ...] = (
 )
 
 
-def _on_grid(points: pl.DataFrame, every: str) -> pl.DataFrame:
+_BEGINS_ANEW = (pl.col("timestamp").dt.truncate("1h").diff() > MAX_HOURLY_HOLE).fill_null(False).arg_true()
+_SLOTS = {every: pl.col("timestamp").dt.truncate(every).alias("slot") for every in (timedelta(hours=1), timedelta(days=1))}
+_FIRST_OF_SLOT = pl.col("slot").ne_missing(pl.col("slot").shift(1))
+_KNOWN_AT, _IS_POINT = pl.col("available_at").alias("known_at"), pl.col("known_at").is_not_null()
+_HOURLY_COLUMNS = (_KNOWN_AT, *(f.expr.alias(f.name) for f in HOURLY_FEATURES))
+_DAILY_COLUMNS = (_KNOWN_AT, *(f.expr.alias(f.name) for f in DAILY_FEATURES))
+
+
+def _on_grid(points: pl.DataFrame, every: timedelta) -> pl.DataFrame:
     """One row a slot, from the first to the last, null where CoinGecko has no point. Of two points in a slot the first counts:
     it was the slot's point when it appeared."""
-    slots = points.with_columns(slot=pl.col("timestamp").dt.truncate(every))
-    slots = slots.filter(pl.col("slot").ne_missing(pl.col("slot").shift(1)))
-    grid = pl.datetime_range(slots["slot"][0], slots["slot"][-1], every, time_unit="us", eager=True).alias("slot")
+    slots = points.lazy().with_columns(_SLOTS[every]).filter(_FIRST_OF_SLOT).collect(optimizations=AS_WRITTEN)
+    grid = steps(slots["slot"][0], slots["slot"][-1], every).alias("slot")
     return slots if len(grid) == slots.height else grid.to_frame().join(slots, on="slot", how="left", maintain_order="left")
 
 
-def hourly_indicators(points: pl.DataFrame) -> pl.DataFrame:
+def hourly_indicators(points: pl.DataFrame) -> pl.LazyFrame:
     """``known_at`` and the hourly features, one row for each point of ``points`` (validated, sorted)."""
-    gap = pl.col("timestamp").dt.truncate("1h").diff() > MAX_HOURLY_HOLE
-    parts = points.with_columns(part=gap.fill_null(False).cum_sum()).partition_by("part", include_key=False)
+    edges = [0, *points.select(_BEGINS_ANEW).to_series(), points.height]
     series = [
-        with_stages(_on_grid(part, "1h"), HOURLY_STAGES)
-        .select(pl.col("available_at").alias("known_at"), *(f.expr.alias(f.name) for f in HOURLY_FEATURES))
-        .slice(HOURLY_WARM_UP)
-        for part in parts
+        with_stages(_on_grid(points[begin:end], timedelta(hours=1)), HOURLY_STAGES).select(_HOURLY_COLUMNS).slice(HOURLY_WARM_UP)
+        for begin, end in pairwise(edges)
     ]
-    return pl.concat(series).filter(pl.col("known_at").is_not_null())
+    return pl.concat(series).filter(_IS_POINT)
 
 
-def daily_indicators(points: pl.DataFrame, records: Sequence[tuple[float, datetime]]) -> pl.DataFrame:
+_HIGHEST = pl.coalesce("price", "record")
+_BEFORE = pl.col("ath").shift(1)
+_ATH = _HIGHEST.cum_max().forward_fill().alias("ath")
+_ATH_AT = pl.when((_HIGHEST > _BEFORE) | _BEFORE.is_null()).then("timestamp").forward_fill().alias("ath_at")
+
+
+def daily_indicators(points: pl.DataFrame, records: Sequence[tuple[float, datetime]]) -> pl.LazyFrame:
     """``known_at`` and the daily features, one row for each point of ``points`` (validated, sorted).
 
     ``records`` are dated all-time highs from elsewhere; each counts from the first daily point that is stamped no earlier than it.
@@ -164,20 +177,7 @@ def daily_indicators(points: pl.DataFrame, records: Sequence[tuple[float, dateti
         {"timestamp": [at for _, at in records], "record": [float(price) for price, _ in records]},
         schema={"timestamp": TIMESTAMP, "record": pl.Float64},
     )
-    value = pl.coalesce("price", "record")
     # on equal stamps the record comes first, and so counts for the point
-    highs = (
-        pl.concat([dated, points.select("timestamp", "price")], how="diagonal")
-        .sort("timestamp", maintain_order=True)
-        .with_columns(ath=value.cum_max().forward_fill())
-        .with_columns(ath_at=pl.when((value > pl.col("ath").shift(1)) | pl.col("ath").shift(1).is_null()).then("timestamp"))
-        .with_columns(pl.col("ath_at").forward_fill())
-        .filter(pl.col("record").is_null())
-        .select("timestamp", "ath", "ath_at")
-    )
-    return (
-        with_stages(_on_grid(points, "1d"), DAILY_STAGES)
-        .join(highs, on="timestamp", how="left", maintain_order="left")
-        .select(pl.col("available_at").alias("known_at"), *(f.expr.alias(f.name) for f in DAILY_FEATURES))
-        .filter(pl.col("known_at").is_not_null())
-    )
+    merged = pl.concat([dated, points], how="diagonal").lazy().sort("timestamp", maintain_order=True)
+    known = merged.with_columns(_ATH).with_columns(_ATH_AT).filter(pl.col("record").is_null()).collect(optimizations=AS_WRITTEN)
+    return with_stages(_on_grid(known, timedelta(days=1)), DAILY_STAGES).select(_DAILY_COLUMNS).filter(_IS_POINT)

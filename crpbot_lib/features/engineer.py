@@ -19,16 +19,19 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from crpbot_lib import config
-from crpbot_lib.config import TIMEFRAME_SECONDS, FeatureGroup
+from crpbot_lib.config import TIMEFRAME_SECONDS, FeatureGroup, Timeframe
 from crpbot_lib.features import base, candles, catalog, coingecko, multi_timeframe
 from crpbot_lib.features.errors import FeatureError, NoRowError
-from crpbot_lib.features.feature import AS_WRITTEN, CLOSES_AFTER, Feature, with_stages
+from crpbot_lib.features.feature import AS_WRITTEN, CLOSES_AFTER, Feature, row_of, with_stages
 
 VALUE = pl.Float32()
 """What a feature is stored as; everything before is computed in Float64."""
+_Lines = tuple[pl.DataFrame, timedelta]
+"""A series with its ``decided_at``, and how long a line of it stands."""
 _CARRIED = ("timestamp", "open", "high", "low", "close", "volume")
 
 
@@ -106,28 +109,26 @@ def engineer_months(
     FeatureError for bad input comes before the first."""
     served = candles.check_candles(f"{symbol} 1m candles", candles_by_width.get("1m"), TIMEFRAME_SECONDS["1m"])
     minutes, holes = candles.fill_no_trade_minutes(served)
-    known: list[_Known] = []
-    compared: dict[str, dict[str, int]] = {}
-    if "multi_timeframe" in groups:
-        for width in multi_timeframe.WIDTHS:
-            name, seconds = f"{symbol} {width} candles", TIMEFRAME_SECONDS[width]
-            bars = candles.check_candles(name, candles_by_width.get(width), seconds)
-            grid = multi_timeframe.on_grid(width, bars, served)
-            try:
-                compared[width] = multi_timeframe.compare_with_minutes(width, grid, served["timestamp"][0])
-            except FeatureError as error:
-                raise FeatureError(f"{symbol} {error}") from None
-            # a bar stands until the next one closes, and not a minute longer
-            known.append(_Known(multi_timeframe.bars(width, grid), timedelta(seconds=seconds) - CLOSES_AFTER))
+    widths = multi_timeframe.WIDTHS if "multi_timeframe" in groups else ()
+    known = [_bars(symbol, width, candles_by_width.get(width), served) for width in widths]
     if "coingecko_hourly" in groups:
         hourly = candles.check_points(f"{symbol} CoinGecko hourly points", coingecko_points.get("hourly"))
-        known.append(_Known(coingecko.hourly_indicators(hourly), coingecko.HOURLY_MAX_AGE))
+        known.append(_indicators(coingecko.hourly_indicators(hourly), coingecko.HOURLY_FEATURES, coingecko.HOURLY_MAX_AGE))
     if "coingecko_daily" in groups:
         daily = candles.check_points(f"{symbol} CoinGecko daily points", coingecko_points.get("daily"))
         records = candles.check_all_time_highs(coingecko_points.get("all_time_high"))
-        known.append(_Known(coingecko.daily_indicators(daily, records), coingecko.DAILY_MAX_AGE))
+        known.append(_indicators(coingecko.daily_indicators(daily, records), coingecko.DAILY_FEATURES, coingecko.DAILY_MAX_AGE))
+    series = pl.collect_all([one.query for one in known], optimizations=AS_WRITTEN)
+    compared: dict[str, dict[str, int]] = {}
+    for width, frame in zip(widths, series, strict=False):
+        apart = frame.drop_in_place("apart")
+        try:
+            compared[width] = multi_timeframe.compare_with_minutes(width, frame["decided_at"], apart, served["timestamp"][0])
+        except FeatureError as error:
+            raise FeatureError(f"{symbol} {error}") from None
     account = Account(holes, compared)
-    return account, _months(minutes, known, tuple(groups), start or minutes["timestamp"][0], account)
+    lines = [(frame, one.max_age) for frame, one in zip(series, known, strict=True)]
+    return account, _months(minutes, lines, tuple(groups), start or minutes["timestamp"][0], account)
 
 
 def worst(unknown: Mapping[str, int]) -> str:
@@ -138,23 +139,34 @@ def worst(unknown: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class _Known:
-    """A series that the minutes see by its ``known_at``, and how long a line of it stands."""
+    """A series that the minutes see from ``decided_at`` on, its features as the file has them, and how long a line of it stands."""
 
-    series: pl.DataFrame
+    query: pl.LazyFrame
     max_age: timedelta
 
 
+def _bars(symbol: str, width: Timeframe, wide: pl.DataFrame | None, served: pl.DataFrame) -> _Known:
+    seconds = TIMEFRAME_SECONDS[width]
+    bars = multi_timeframe.bars(width, candles.check_candles(f"{symbol} {width} candles", wide, seconds), served)
+    names = tuple(f"{width}_{column}" for column in multi_timeframe.OHLCV)
+    # a bar stands until the next one closes, and not a minute longer
+    return _Known(bars.select(_known_columns(names, (f"{width}_sign", "apart"), VALUE)), timedelta(seconds=seconds) - CLOSES_AFTER)
+
+
+def _indicators(series: pl.LazyFrame, features: Sequence[Feature], max_age: timedelta) -> _Known:
+    return _Known(series.select(_known_columns(tuple(f.name for f in features), (), VALUE)), max_age)
+
+
 def _months(
-    minutes: pl.DataFrame, known: Sequence[_Known], groups: tuple[FeatureGroup, ...], start: datetime, account: Account
+    minutes: pl.DataFrame, known: Sequence[_Lines], groups: tuple[FeatureGroup, ...], start: datetime, account: Account
 ) -> Iterator[pl.DataFrame]:
     """The rows of ``minutes`` (no-trade minutes filled) at or after ``start``; counts them into ``account``."""
     times, height, names = minutes["timestamp"], minutes.height, catalog.names(groups)
-    first = int(times.search_sorted(start))
+    first = row_of(times, start)
     account.minutes = account.cold = height - first
-    month = times[0].replace(day=1, hour=0, minute=0)
-    begins = times.search_sorted(pl.datetime_range(month, times[-1], "1mo", time_unit="us", eager=True))
+    begins = (row_of(times, month) for month in _month_begins(times[0], times[-1]))
     edges = [first, *(row for row in begins if row > first), height]
-    outages = (minutes["segment"].diff() > 0).arg_true().to_list()
+    outages = (np.flatnonzero(np.diff(minutes["segment"].to_numpy())) + 1).tolist()
     segments = list(pairwise([0, *outages, height]))
     for begin, end in pairwise(edges):
         # a warm row has its whole warm-up in its own segment: every piece is computed from there on, and from there only
@@ -173,41 +185,56 @@ def _months(
 
 def _base(piece: pl.DataFrame, groups: tuple[FeatureGroup, ...]) -> pl.DataFrame:
     """The warm rows of minutes without a hole, with the base features and what the joins and the multi-timeframe features need."""
-    return with_stages(piece, base.STAGES).select(_base_columns(groups, VALUE)).slice(catalog.SEGMENT_WARM_UP)
+    rows = with_stages(piece, base.STAGES).select(_base_columns(groups, VALUE)).slice(catalog.SEGMENT_WARM_UP)
+    return rows.collect(optimizations=AS_WRITTEN)
 
 
-def _rows(base_rows: pl.DataFrame, known: Sequence[_Known], groups: tuple[FeatureGroup, ...]) -> pl.DataFrame:
+def _rows(base_rows: pl.DataFrame, known: Sequence[_Lines], groups: tuple[FeatureGroup, ...]) -> pl.DataFrame:
     """The columns of the file; null where a value was not known."""
-    rows = base_rows.lazy()
-    for one in known:
-        series = one.series.lazy().rename({"known_at": "decided_at"})
-        rows = rows.join_asof(series, on="decided_at", strategy="backward", tolerance=one.max_age)
+    rows, present = base_rows.lazy(), set(base_rows.columns)
+    for series, max_age in known:
+        rows = rows.join_asof(series.lazy(), on="decided_at", strategy="backward", tolerance=max_age)
+        present |= set(series.columns)
     if "multi_timeframe" in groups:
         rows = multi_timeframe.prepare(rows)
-    return rows.select(_file_columns(groups, VALUE)).collect(optimizations=AS_WRITTEN)
+    return rows.select(_file_columns(groups, frozenset(present), VALUE)).collect(optimizations=AS_WRITTEN)
+
+
+@lru_cache
+def _known_columns(features: tuple[str, ...], others: tuple[str, ...], dtype: pl.DataType) -> list[pl.Expr]:
+    return [pl.col("known_at").alias("decided_at"), *(_value(pl.col(f), dtype).alias(f) for f in features), *map(pl.col, others)]
 
 
 @lru_cache
 def _base_columns(groups: tuple[FeatureGroup, ...], dtype: pl.DataType) -> list[pl.Expr]:
-    needed = ("1m_sign", "atr_percentile") if "multi_timeframe" in groups else ()
+    widths = (pl.col("1m_sign"), _value(base.ATR_PERCENTILE, dtype)) if "multi_timeframe" in groups else ()
     return [
-        *(pl.col(name) for name in (*_CARRIED, *needed)),
+        *(pl.col(name) for name in _CARRIED),
+        *widths,
         (pl.col("timestamp") + CLOSES_AFTER).alias("decided_at"),
         base.SESSION.alias("session"),
         base.VOLATILITY_REGIME.alias("volatility_regime"),
-        *(f.expr.cast(dtype).alias(f.name) for f in base.FEATURES),
+        *(_value(f.expr, dtype).alias(f.name) for f in base.FEATURES),
     ]
 
 
 @lru_cache
-def _file_columns(groups: tuple[FeatureGroup, ...], dtype: pl.DataType) -> list[pl.Expr]:
+def _file_columns(groups: tuple[FeatureGroup, ...], present: frozenset[str], dtype: pl.DataType) -> list[pl.Expr]:
     return [
         *(pl.col(name) for name in (*_CARRIED, "session", "volatility_regime")),
-        *(_value(f, dtype) for f in catalog.features(groups)),
+        *(pl.col(f.name) if f.name in present else _value(f.expr, dtype).alias(f.name) for f in catalog.features(groups)),
     ]
 
 
-def _value(feature: Feature, dtype: pl.DataType) -> pl.Expr:
-    """The column as the file has it: float32, and null for what is not a finite number (a division by zero is no knowledge)."""
-    value = (feature.expr if feature.group == "multi_timeframe" else pl.col(feature.name)).cast(dtype)
-    return pl.when(value.is_finite()).then(value).alias(feature.name)
+def _value(expr: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """A value as the file has it: float32, and null for what is not a finite number (a division by zero is no knowledge)."""
+    value = expr.cast(dtype)
+    return pl.when(value.is_finite()).then(value)
+
+
+def _month_begins(first: datetime, last: datetime) -> Iterator[datetime]:
+    """The first moments of the UTC months that ``first`` to ``last`` touch."""
+    month = first.replace(day=1, hour=0, minute=0)
+    while month <= last:
+        yield month
+        month = (month + timedelta(days=32)).replace(day=1)

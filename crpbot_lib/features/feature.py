@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,22 @@ from crpbot_lib.config import FeatureGroup
 
 Values = npt.NDArray[np.float64]
 TIMESTAMP = pl.Datetime("us", "UTC")
-AS_WRITTEN = pl.QueryOptFlags.none()
+AS_WRITTEN = pl.QueryOptFlags.none(simplify_expression=True)
 """For queries that are written in the order in which they are to run: optimising them costs more than computing a live window."""
 CLOSES_AFTER = timedelta(minutes=1)
 """A row is the 1-minute candle that opens at ``timestamp``; its decision is taken when that candle closes."""
+_EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
+
+
+def steps(first: datetime, last: datetime, every: timedelta) -> pl.Series:
+    """The times from ``first`` to ``last`` (included where a step meets it), ``every`` apart."""
+    begin, end = ((at - _EPOCH) // _MICROSECOND for at in (first, last))
+    return pl.Series("timestamp", np.arange(begin, end + 1, every // _MICROSECOND)).cast(TIMESTAMP)
+
+
+def row_of(times: pl.Series, at: datetime) -> int:
+    """The first row of ``times`` (sorted, ``TIMESTAMP``) at or after ``at``; their number when there is none."""
+    return int(np.searchsorted(times.to_physical().to_numpy(), (at - _EPOCH) // _MICROSECOND))
 
 
 @dataclass(frozen=True)
@@ -71,24 +83,27 @@ class Window:
     length: int
     compute: Callable[[Values], Values]
 
-    def of(self, frame: pl.DataFrame) -> pl.Expr:
+    def of(self, frame: pl.DataFrame) -> pl.Series:
         result = np.full(frame.height, np.nan)
         if frame.height >= self.length:
             result[self.length - 1 :] = self.compute(frame[self.column].to_numpy())
-        return pl.lit(pl.Series(result)).fill_nan(None)
+        return pl.Series(result, nan_to_null=True)
 
 
 Stage = Mapping[str, pl.Expr | Window]
 
 
-def with_stages(frame: pl.DataFrame, stages: Iterable[Stage]) -> pl.DataFrame:
-    """``frame`` with the columns of ``stages``, each computed from the frame with those before it."""
-    for stage in stages:
+def with_stages(frame: pl.DataFrame, stages: Iterable[Stage]) -> pl.LazyFrame:
+    """``frame`` with the columns of ``stages``, each computed from the frame with those before it. The windows are computed here,
+    the rest when it is collected."""
+    query = frame.lazy()
+    for number, stage in enumerate(stages):
+        if number and any(isinstance(how, Window) for how in stage.values()):
+            frame = query.collect(optimizations=AS_WRITTEN)
+            query = frame.lazy()
         # windows one after the other and outside of polars: its threads would wait for each other at Python's lock
-        frame = frame.with_columns(
-            **{name: how.of(frame) if isinstance(how, Window) else how for name, how in stage.items()},
-        )
-    return frame
+        query = query.with_columns(**{name: how.of(frame) if isinstance(how, Window) else how for name, how in stage.items()})
+    return query
 
 
 def sma(column: str, length: int) -> Window:

@@ -6,15 +6,18 @@ import functools
 import operator
 from datetime import datetime, timedelta
 
+import numpy as np
 import polars as pl
 
 from crpbot_lib.config import TIMEFRAME_SECONDS, Timeframe
 from crpbot_lib.features.errors import FeatureError
-from crpbot_lib.features.feature import CLOSES_AFTER, Feature
+from crpbot_lib.features.feature import CLOSES_AFTER, Feature, row_of, steps
 
 WIDTHS: tuple[Timeframe, ...] = ("5m", "15m", "1h")
 OHLCV = ("open", "high", "low", "close", "volume")
 BARS_BACK = 5
+MAX_APART = 1e-9
+"""Two closes that differ by a larger share are not the same."""
 MAX_DISAGREEING_SHARE, MAX_DISAGREEING_BARS = 0.05, 3
 """More bars than both of these with another close than their own minutes: the frames are not of one market, or are shifted."""
 
@@ -79,73 +82,84 @@ FEATURES: tuple[Feature, ...] = (
 )
 
 
+_VOTES = (_votes(1).alias("up"), _votes(-1).alias("down"), _votes(0).alias("flat"))
+_SCORE = (pl.max_horizontal(UP, DOWN, FLAT) / 4).alias("tf_alignment_score")
+
+
 def prepare(rows: pl.LazyFrame) -> pl.LazyFrame:
     """``rows``, joined with the bars of every width, with the columns that the formulas of this module share."""
-    return rows.with_columns(up=_votes(1), down=_votes(-1), flat=_votes(0)).with_columns(
-        tf_alignment_score=pl.max_horizontal(UP, DOWN, FLAT) / 4
+    return rows.with_columns(_VOTES).with_columns(_SCORE)
+
+
+CLOSE, OWN, SILENT, LAST_CLOSE, FILLED_CLOSE = (pl.col(c) for c in ("close", "own", "silent", "last_close", "filled_close"))
+_OWN_CLOSE = (pl.col("timestamp").alias("last_minute"), CLOSE.alias("own"))
+_MISSING, _TRADED = CLOSE.is_null(), OWN.is_not_null()
+_SILENCE = (
+    (_MISSING & ~_TRADED).alias("silent"),
+    # NaN stands for a close that was not served: it must not be bridged by the close before it
+    pl.when(_MISSING & _TRADED).then(float("nan")).otherwise(CLOSE).forward_fill().fill_nan(None).alias("last_close"),
+)
+_FILLED = (
+    *(pl.when(SILENT).then(LAST_CLOSE).otherwise(c).alias(f"filled_{c}") for c in ("open", "high", "low", "close")),
+    pl.when(SILENT & LAST_CLOSE.is_not_null()).then(0.0).otherwise("volume").alias("filled_volume"),
+)
+
+
+@functools.cache
+def _width(width: Timeframe) -> timedelta:
+    return timedelta(seconds=TIMEFRAME_SECONDS[width])
+
+
+@functools.cache
+def _last_minute(width: Timeframe) -> pl.Expr:
+    return (pl.col("timestamp") + (_width(width) - CLOSES_AFTER)).alias("last_minute")
+
+
+@functools.cache
+def _bar_columns(width: Timeframe) -> tuple[pl.Expr, ...]:
+    return (
+        (pl.col("timestamp") + _width(width)).alias("known_at"),
+        *(pl.col(f"filled_{column}").alias(f"{width}_{column}") for column in OHLCV),
+        (FILLED_CLOSE - FILLED_CLOSE.shift(BARS_BACK)).sign().alias(f"{width}_sign"),
+        ((CLOSE - OWN).abs() / OWN).alias("apart"),
     )
 
 
-def on_grid(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.DataFrame:
-    """The candles of one width as served, null where one is not, on their own full grid, and ``own``, the close of the last of
-    ``minutes`` (the 1-minute candles as served) inside each; null where no minute traded."""
-    every = timedelta(seconds=TIMEFRAME_SECONDS[width])
+def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.LazyFrame:
+    """The candles of one width on their own full grid: ``known_at`` (the candle's close), OHLCV, the sign of the 5-bar change, and
+    ``apart``, by which share the close is not that of the last minute inside; null where no bar is served, or no minute traded.
+
+    ``served`` and ``minutes``: the candles of this width and the 1-minute ones, both as the exchange served them. A bar that is
+    not served and in which no minute traded is flat at the last close, volume 0; one that is not served although minutes traded
+    is unknown: null, and so is every value that needs it.
+    """
+    every = _width(width)
     # the grid ends with the last bar closed by the last decision: a later one can never be used
     decided = minutes["timestamp"][-1] + CLOSES_AFTER
     last = decided - timedelta(seconds=decided.timestamp() % every.total_seconds()) - every
-    grid = pl.datetime_range(served["timestamp"][0], last, every, time_unit="us", eager=True).alias("timestamp").to_frame()
-    before_last = every - CLOSES_AFTER
-    own = minutes.select(pl.col("timestamp").alias("last_minute"), pl.col("close").alias("own"))
-    return (
-        grid.join(served, on="timestamp", how="left", maintain_order="left")
-        .with_columns(last_minute=pl.col("timestamp") + pl.duration(seconds=before_last.seconds))
-        .join_asof(own, on="last_minute", tolerance=before_last)
-    )
+    grid = steps(served["timestamp"][0], last, every)
+    whole = len(grid) == served.height and served["timestamp"][-1] == last
+    on = served if whole else grid.to_frame().join(served, on="timestamp", how="left", maintain_order="left")
+    own = minutes.lazy().select(_OWN_CLOSE)
+    joined = on.lazy().with_columns(_last_minute(width)).join_asof(own, on="last_minute", tolerance=every - CLOSES_AFTER)
+    return joined.with_columns(_SILENCE).with_columns(_FILLED).select(_bar_columns(width))
 
 
-def bars(width: Timeframe, grid: pl.DataFrame) -> pl.DataFrame:
-    """From ``on_grid``: ``known_at`` (the candle's close), OHLCV and the sign of the 5-bar change.
-
-    A bar that is not served and in which no minute traded is flat at the last close, volume 0; one that is not served although
-    minutes traded is unknown: null, and so is every value that needs it.
-    """
-    missing, traded = pl.col("close").is_null(), pl.col("own").is_not_null()
-    silent, last_close = pl.col("silent"), pl.col("last_close")
-    return (
-        grid.with_columns(
-            silent=missing & ~traded,
-            # NaN stands for a close that was not served: it must not be bridged by the close before it
-            last_close=pl.when(missing & traded).then(float("nan")).otherwise("close").forward_fill().fill_nan(None),
-        )
-        .with_columns(
-            *(pl.when(silent).then(last_close).otherwise(c).alias(c) for c in ("open", "high", "low", "close")),
-            volume=pl.when(silent & last_close.is_not_null()).then(0.0).otherwise("volume"),
-        )
-        .select(
-            (pl.col("timestamp") + pl.duration(seconds=TIMEFRAME_SECONDS[width])).alias("known_at"),
-            *(pl.col(column).alias(f"{width}_{column}") for column in OHLCV),
-            (pl.col("close") - pl.col("close").shift(BARS_BACK)).sign().alias(f"{width}_sign"),
-        )
-    )
-
-
-def compare_with_minutes(width: Timeframe, grid: pl.DataFrame, first: datetime) -> dict[str, int]:
-    """Of ``on_grid``: how many served bars from ``first`` (of the 1-minute candles) on were compared with the 1-minute candles
+def compare_with_minutes(width: Timeframe, known_at: pl.Series, apart: pl.Series, first: datetime) -> dict[str, int]:
+    """Of ``bars``: how many that open at or after ``first`` (of the 1-minute candles) were compared with the 1-minute candles
     inside them, and how many have another close.
 
     Raises FeatureError when so many differ that the two series are not of one market, or one is shifted.
     """
-    both = (pl.col("timestamp") >= first) & pl.col("close").is_not_null() & pl.col("own").is_not_null()
-    differing = (pl.col("close") - pl.col("own")).abs() > 1e-9 * pl.col("own")
-    found = (
-        grid.filter(both)
-        .select(compared=pl.len(), differing=differing.sum(), first=pl.col("timestamp").filter(differing).min())
-        .row(0, named=True)
-    )
-    compared, differs = int(found["compared"]), int(found["differing"])
+    since = row_of(known_at, first + _width(width))
+    # what was not compared is NaN, and no comparison with NaN holds
+    shares = apart.to_numpy()[since:]
+    wrong = shares > MAX_APART
+    compared, differs = int(np.isfinite(shares).sum()), int(wrong.sum())
     if differs > max(MAX_DISAGREEING_SHARE * compared, MAX_DISAGREEING_BARS):
+        at = known_at[since + int(wrong.argmax())] - _width(width)
         raise FeatureError(
             f"{width} candles: the close of {differs} of {compared} bars is not that of the last 1m candle inside them, first at "
-            f"{found['first']:%Y-%m-%d %H:%M} UTC; fetch both from the same product again, and check that timestamps are open times"
+            f"{at:%Y-%m-%d %H:%M} UTC; fetch both from the same product again, and check that timestamps are open times"
         )
     return {"compared": compared, "differing": differs}

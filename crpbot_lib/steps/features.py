@@ -41,7 +41,30 @@ class MissingInputError(FeatureError):
 
 
 class GateError(FeatureError):
-    """A features file is not what the catalog says, or holds a column that cannot be real; the message is the difference."""
+    """A features file is not what the catalog says, or holds a column that cannot be real; the message is the whole difference.
+
+    The known symptoms have classes of their own; of several, the first of the message is raised.
+    """
+
+
+class FeatureMismatchError(GateError):
+    """The numeric features are not the catalog's: count, names, order, types or hash. At run time: predictions stuck at 50 %."""
+
+
+class MultiTimeframeMissingError(FeatureMismatchError):
+    """Features of the 5m, 15m and 1h candles are absent: their fetch was skipped."""
+
+
+class PlaceholderError(GateError):
+    """A column does not change over days, as only a placeholder does."""
+
+
+class CoinGeckoPlaceholderError(PlaceholderError):
+    """A CoinGecko feature is all zero or constant: the key is missing, on the wrong plan, or a snapshot stands for history."""
+
+
+Problem = tuple[type[GateError], str]
+"""A difference, and the error that it is on its own."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +209,9 @@ def _check_gated(lake: Lake, version: str, symbol: str, sha256: str) -> None:
 def gate_features(settings: Settings, lake: Lake, plan: Summary) -> Summary:
     """Compares the built files with the catalog, then writes the version's manifest and the pointer to the latest version.
 
-    Returns the manifest. GateError lists every difference, of all symbols: counts, names, order, types, hash, nulls, rows outside
-    the interval, too few of them for it, and columns that cannot be real (constant over days).
+    Returns the manifest. GateError, or the class of the known symptom, lists every difference, of all symbols: counts, names,
+    order, types, hash, nulls, rows outside the interval, too few of them for it, and columns that cannot be real (constant over
+    days).
     """
     version, start, end = plan["version"], date.fromisoformat(plan["start"]), date.fromisoformat(plan["end"])
     checked = [_check_file(settings, lake, version, symbol, start, end) for symbol in plan["symbols"]]
@@ -217,23 +241,24 @@ def verify_features(settings: Settings, lake: Lake, version: str | None = None) 
     except KeyMissingError as error:
         raise MissingInputError(f"{error}: no such version has passed the gate; build it with `crpbot features build`") from None
     start, end = date.fromisoformat(manifest["start"]), date.fromisoformat(manifest["end"])
-    problems = []
+    problems: list[Problem] = []
     for symbol, stated in manifest["symbols"].items():
         found, entry = _check_file(settings, lake, version, symbol, start, end)
         problems += found
         if not found and entry != stated:
             fields = ", ".join(k for k in sorted({*entry, *stated}) if entry.get(k) != stated.get(k))
-            problems.append(f"{symbol}: the file is not the one of the manifest: {fields} differ")
+            problems.append((GateError, f"{symbol}: the file is not the one of the manifest: {fields} differ"))
     _raise_problems(version, problems)
     return manifest
 
 
-def _raise_problems(version: str, problems: Sequence[str]) -> None:
+def _raise_problems(version: str, problems: Sequence[Problem]) -> None:
     if problems:
-        raise GateError(f"features {version} do not agree with the catalog:\n  " + "\n  ".join(problems))
+        kind = next((kind for kind, _ in problems if kind is not GateError), GateError)
+        raise kind(f"features {version} do not agree with the catalog:\n  " + "\n  ".join(text for _, text in problems))
 
 
-def _check_file(settings: Settings, lake: Lake, version: str, symbol: str, start: date, end: date) -> tuple[list[str], Summary]:
+def _check_file(settings: Settings, lake: Lake, version: str, symbol: str, start: date, end: date) -> tuple[list[Problem], Summary]:
     """The problems of one file, readable, and its entry of the manifest."""
     groups = settings.symbol(symbol).feature_groups
     key = keys.features(version, symbol)
@@ -242,9 +267,10 @@ def _check_file(settings: Settings, lake: Lake, version: str, symbol: str, start
         sidecar: Summary = lake.read_json(keys.features_sidecar(version, symbol))
         frame = pl.read_parquet(BytesIO(content))
     except KeyMissingError as error:
-        return [f"{symbol}: {error}; run the build of this symbol again"], {"symbol": symbol}
+        return [(GateError, f"{symbol}: {error}; run the build of this symbol again")], {"symbol": symbol}
     except pl.exceptions.PolarsError as error:
-        return [f"{symbol}: {lake.url(key)} is not a readable parquet file ({error}); run its build again"], {"symbol": symbol}
+        unreadable = f"{symbol}: {lake.url(key)} is not a readable parquet file ({error}); run its build again"
+        return [(GateError, unreadable)], {"symbol": symbol}
 
     hash_, sha256 = catalog.catalog_hash(groups), hashlib.sha256(content).hexdigest()
     problems = _schema_problems(frame, catalog.schema(groups))
@@ -252,9 +278,11 @@ def _check_file(settings: Settings, lake: Lake, version: str, symbol: str, start
         problems = _value_problems(frame, groups, start, end)
         problems += _share_problems(frame.height, sidecar, start, end, settings.features.min_row_share)
     if sidecar["hash"] != hash_:
-        problems.append(f"built under catalog {sidecar['hash']}, today's is {hash_}; plan and build again")
+        other = f"built under catalog {sidecar['hash']}, today's is {hash_}; plan and build again"
+        problems.append((FeatureMismatchError, other))
     if sidecar["sha256"] != sha256:
-        problems.append(f"sha256 of the file is {sha256[:16]}…, its sidecar says {sidecar['sha256'][:16]}…; run its build again")
+        stated = f"sha256 of the file is {sha256[:16]}…, its sidecar says {sidecar['sha256'][:16]}…; run its build again"
+        problems.append((GateError, stated))
     entry = {
         "symbol": symbol,
         "rows": frame.height,
@@ -267,69 +295,78 @@ def _check_file(settings: Settings, lake: Lake, version: str, symbol: str, start
         "outages": len(sidecar["outages"]),
         "dropped": sidecar["minutes"] - sidecar["rows"],
     }
-    return [f"{symbol}: {problem}" for problem in problems], entry
+    return [(kind, f"{symbol}: {text}") for kind, text in problems], entry
 
 
-def _schema_problems(frame: pl.DataFrame, expected: dict[str, pl.DataType]) -> list[str]:
+def _schema_problems(frame: pl.DataFrame, expected: dict[str, pl.DataType]) -> list[Problem]:
     found, wanted = frame.columns, list(expected)
-    problems = []
+    problems: list[Problem] = []
     if found != wanted:
-        count, due = (len([c for c in columns if c not in catalog.EXCLUDED]) for columns in (found, wanted))
-        if count != due:
-            problems.append(f"{count} numeric features, the catalog has {due} (feature mismatch)")
         missing, extra = [c for c in wanted if c not in found], [c for c in found if c not in wanted]
         lost = [c for c in missing if c in catalog.names(["multi_timeframe"])]
         if lost:
-            problems.append(f"multi-TF features missing: {', '.join(lost)}; were the 5m, 15m and 1h candles fetched?")
+            fetched = f"multi-TF features missing: {', '.join(lost)}; were the 5m, 15m and 1h candles fetched?"
+            problems.append((MultiTimeframeMissingError, fetched))
+        texts = []
+        count, due = (len([c for c in columns if c not in catalog.EXCLUDED]) for columns in (found, wanted))
+        if count != due:
+            texts.append(f"{count} numeric features, the catalog has {due} (feature mismatch)")
         if others := [c for c in missing if c not in lost]:
-            problems.append(f"missing: {', '.join(others)}")
+            texts.append(f"missing: {', '.join(others)}")
         if extra:
-            problems.append(f"not in the catalog: {', '.join(extra)}")
+            texts.append(f"not in the catalog: {', '.join(extra)}")
         if not missing and not extra:
             place = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
-            problems.append(f"the order differs from column {place} on: {found[place]}, the catalog has {wanted[place]}")
+            texts.append(f"the order differs from column {place} on: {found[place]}, the catalog has {wanted[place]}")
+        problems += [(FeatureMismatchError, text) for text in texts]
     types = [f"{c} is {frame.schema[c]}, expected {t}" for c, t in expected.items() if c in found and frame.schema[c] != t]
-    return problems + types
+    return problems + [(FeatureMismatchError, text) for text in types]
 
 
-def _value_problems(frame: pl.DataFrame, groups: Sequence[str], start: date, end: date) -> list[str]:
+def _value_problems(frame: pl.DataFrame, groups: Sequence[str], start: date, end: date) -> list[Problem]:
     if frame.is_empty():
-        return ["no rows"]
+        return [(GateError, "no rows")]
     nulls = {c: n for c, n in frame.null_count().row(0, named=True).items() if n}
     times = frame["timestamp"]
     first, last = times[0], times[-1]
-    problems = [f"nulls: {', '.join(f'{c} {n}' for c, n in nulls.items())}"] if nulls else []
+    texts = [f"nulls: {', '.join(f'{c} {n}' for c, n in nulls.items())}"] if nulls else []
     if not (times.diff().drop_nulls() > timedelta(0)).all():
-        problems.append("timestamps are not ascending and unique")
+        texts.append("timestamps are not ascending and unique")
     elif first < _midnight(start) or last >= _midnight(end):
-        problems.append(f"rows from {first} to {last} are not within [{start}, {end})")
+        texts.append(f"rows from {first} to {last} are not within [{start}, {end})")
     features = [f for f in catalog.FEATURES if f.group in groups]
     not_finite = [f.name for f in features if not frame[f.name].is_finite().all()]
     if not_finite:
-        problems.append(f"not finite: {', '.join(not_finite)}")
+        texts.append(f"not finite: {', '.join(not_finite)}")
+    problems: list[Problem] = [(GateError, text) for text in texts]
     extremes = frame.select(pl.col(f.name).max() - pl.col(f.name).min() for f in features).row(0, named=True)
     constant = [
         f for f in features if not f.may_be_constant and last - first > VARIES_AFTER.get(f.group, 2 * DAY) and extremes[f.name] == 0
     ]
-    zero = [f.name for f in constant if frame[f.name][0] == 0 and f.group.startswith("coingecko")]
-    if zero:
-        problems.append(f"CoinGecko features all zero: {', '.join(zero)}; is the API key missing, or on the wrong plan?")
-    if placeholders := [f"{f.name} = {frame[f.name][0]:g}" for f in constant if f.name not in zero]:
-        problems.append(f"constant from {first} to {last}, as only a placeholder is: {', '.join(placeholders)}")
+    ours = [f for f in constant if f.group.startswith("coingecko")]
+    if zero := [f.name for f in ours if frame[f.name][0] == 0]:
+        text = f"CoinGecko features all zero: {', '.join(zero)}; is the API key missing, or on the wrong plan?"
+        problems.append((CoinGeckoPlaceholderError, text))
+    if same := [f"{f.name} = {frame[f.name][0]:g}" for f in ours if f.name not in zero]:
+        text = f"CoinGecko features constant from {first} to {last}: {', '.join(same)}; is it one snapshot in place of the history?"
+        problems.append((CoinGeckoPlaceholderError, text))
+    if others := [f"{f.name} = {frame[f.name][0]:g}" for f in constant if f not in ours]:
+        problems.append((PlaceholderError, f"constant from {first} to {last}, as only a placeholder is: {', '.join(others)}"))
     return problems
 
 
-def _share_problems(rows: int, sidecar: Summary, start: date, end: date, least: float) -> list[str]:
+def _share_problems(rows: int, sidecar: Summary, start: date, end: date, least: float) -> list[Problem]:
     """A file whose interval is mostly without rows: most of it would be learned from too little, or from one regime."""
     minutes, dropped = (end - start) // timedelta(minutes=1), sidecar["dropped"]
     if rows >= least * minutes:
         return []
-    return [
+    text = (
         f"{rows} rows for the {minutes} minutes of [{start}, {end}), {100 * rows / minutes:.1f} %, expected at least "
         f"{100 * least:g} % (features.min_row_share): {sidecar['minutes']} minutes have a candle, {dropped['cold']} of them lie "
         f"too soon after the beginning or an outage; minutes that lack a feature: {worst(dropped['unknown_by_feature'])}; "
         "fetch the partitions that hold too little again and build anew"
-    ]
+    )
+    return [(GateError, text)]
 
 
 def _inputs(symbol: Symbol, start: date, end: date) -> list[_Input]:

@@ -26,8 +26,12 @@ from crpbot_lib.features import FeatureError, catalog
 from crpbot_lib.lake import Lake, keys
 from crpbot_lib.steps import features
 from crpbot_lib.steps.features import (
+    CoinGeckoPlaceholderError,
+    FeatureMismatchError,
     GateError,
     MissingInputError,
+    MultiTimeframeMissingError,
+    PlaceholderError,
     build_features,
     gate_features,
     plan_features,
@@ -310,38 +314,64 @@ class TestGate:
     """The difference is readable, names the symbol, and nothing is published."""
 
     @pytest.mark.parametrize(
-        ("change", "message"),
+        ("change", "error", "message"),
         [
-            (lambda f: f.drop("rsi"), "BTC-USD: 72 numeric features, the catalog has 73 .feature mismatch.\n.*missing: rsi"),
-            (lambda f: f.drop("5m_open", "1h_close"), "multi-TF features missing: 5m_open, 1h_close"),
-            (lambda f: f.with_columns(filled=pl.lit(1.0)), "74 numeric features.*\n.*not in the catalog: filled"),
+            (
+                lambda f: f.drop("rsi"),
+                FeatureMismatchError,
+                "BTC-USD: 72 numeric features, the catalog has 73 .feature mismatch.\n.*missing: rsi",
+            ),
+            (
+                lambda f: f.drop("5m_open", "1h_close"),
+                MultiTimeframeMissingError,
+                "multi-TF features missing: 5m_open, 1h_close.*71 numeric features, the catalog has 73",
+            ),
+            (
+                lambda f: f.with_columns(filled=pl.lit(1.0)),
+                FeatureMismatchError,
+                "74 numeric features.*\n.*not in the catalog: filled",
+            ),
             (
                 lambda f: f.select(*catalog.EXCLUDED, "session_london", "session_tokyo", pl.col(f.columns[10:])),
+                FeatureMismatchError,
                 "the order differs from column 8 on: session_london, the catalog has session_tokyo",
             ),
-            (lambda f: f.with_columns(pl.col("atr").cast(pl.Float64)), "atr is Float64, expected Float32"),
+            (lambda f: f.with_columns(pl.col("atr").cast(pl.Float64)), FeatureMismatchError, "atr is Float64, expected Float32"),
             (
                 lambda f: f.with_columns(pl.lit(0.0, pl.Float32).alias("rsi_1h")),
+                CoinGeckoPlaceholderError,
                 "CoinGecko features all zero: rsi_1h; is the API key",
             ),
             (
+                lambda f: f.with_columns(pl.lit(9e11, pl.Float32).alias("volume_1h_ma")),
+                CoinGeckoPlaceholderError,
+                r"CoinGecko features constant from .*: volume_1h_ma = 9e\+11; is it one snapshot",
+            ),
+            (
                 lambda f: f.with_columns(pl.lit(50.0, pl.Float32).alias("rsi")),
+                PlaceholderError,
                 "constant from .* as only a placeholder is: rsi = 50",
             ),
-            (lambda f: f.with_columns(pl.col("macd").shift(1)), "nulls: macd 1"),
-            (lambda f: f.reverse(), "timestamps are not ascending"),
-            (lambda f: f.with_columns(pl.col("timestamp") + DAY), "are not within"),
-            (lambda f: f.clear(), "no rows"),
+            (lambda f: f.with_columns(pl.col("macd").shift(1)), GateError, "nulls: macd 1"),
+            (lambda f: f.reverse(), GateError, "timestamps are not ascending"),
+            (lambda f: f.with_columns(pl.col("timestamp") + DAY), GateError, "are not within"),
+            (lambda f: f.clear(), GateError, "no rows"),
         ],
     )
     def test_a_file_that_differs(
-        self, settings: Settings, lake: Lake, change: Callable[[pl.DataFrame], pl.DataFrame], message: str
+        self,
+        settings: Settings,
+        lake: Lake,
+        change: Callable[[pl.DataFrame], pl.DataFrame],
+        error: type[GateError],
+        message: str,
     ) -> None:
         plan = plan_features(settings, lake, ["BTC-USD"], START, END)
         build_features(settings, lake, plan, "BTC-USD")
         _rewrite(lake, plan, "BTC-USD", change)
         with pytest.raises(GateError, match=f"(?s){message}") as caught:
             gate_features(settings, lake, plan)
+        assert caught.type is error
         assert "sha256 of the file is" in str(caught.value)
         assert not lake.exists(keys.features_manifest(plan["version"]))
         assert not lake.exists(keys.FEATURES_LATEST)
