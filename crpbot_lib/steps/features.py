@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 Summary = dict[str, Any]
 DAY = timedelta(days=1)
 
-READERS = 8
-"""Partitions read at once; each waits for the network, not for the processor."""
+READERS, READ_TOGETHER = 8, 16
+"""Partitions read at once, each in a thread that waits for the network and not for the processor; and how many one after the other
+before a thread is given others."""
 VARIES_AFTER = {"coingecko_daily": 3 * DAY}
 """A column that does not change over rows spanning longer than this (2 days where not named) is a placeholder."""
 
@@ -387,14 +388,13 @@ def _inputs(symbol: Symbol, start: date, end: date) -> list[_Input]:
 def _read(lake: Lake, symbol: Symbol, inputs: Sequence[_Input]) -> list[bytes]:
     """The bytes of ``inputs``, in their order; MissingInputError names all that are absent."""
 
-    def read(one: _Input) -> bytes | None:
-        try:
-            return lake.read(one.key)
-        except KeyMissingError:
-            return None
+    def read(some: Sequence[_Input]) -> list[bytes | None]:
+        return [_read_or_none(lake, one.key) for one in some]
 
+    # a task for each partition would cost more than reading it does in a directory
+    tasks = [inputs[i : i + READ_TOGETHER] for i in range(0, len(inputs), READ_TOGETHER)]
     with ThreadPoolExecutor(READERS) as pool:
-        contents = list(pool.map(read, inputs))
+        contents = [content for some in pool.map(read, tasks) for content in some]
     absent = [one for one, content in zip(inputs, contents, strict=True) if content is None]
     if absent:
         commands = "\n  ".join(_fetch_commands(symbol, absent))
@@ -403,6 +403,13 @@ def _read(lake: Lake, symbol: Symbol, inputs: Sequence[_Input]) -> list[bytes]:
             f"fetch them with\n  {commands}"
         )
     return [content for content in contents if content is not None]
+
+
+def _read_or_none(lake: Lake, key: str) -> bytes | None:
+    try:
+        return lake.read(key)
+    except KeyMissingError:
+        return None
 
 
 def _fetch_commands(symbol: Symbol, absent: Sequence[_Input]) -> list[str]:
@@ -464,10 +471,20 @@ def _parquet(frames: Iterable[pl.DataFrame], schema: dict[str, pl.DataType]) -> 
     with parquet.ParquetWriter(
         file, columns, compression="zstd", compression_level=1, use_dictionary=repeating, write_statistics=["timestamp"]
     ) as writer:
-        for frame in frames:
+        for frame in _ahead(frames):
             writer.write_table(frame.to_arrow(compat_level=oldest))
             rows += frame.height
     return file.getvalue(), rows
+
+
+def _ahead(frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+    """``frames``, each computed while the one before it is in use."""
+    upcoming = iter(frames)
+    with ThreadPoolExecutor(1) as pool:
+        computed = pool.submit(next, upcoming, None)
+        while (frame := computed.result()) is not None:
+            computed = pool.submit(next, upcoming, None)
+            yield frame
 
 
 def _from(holes: pl.DataFrame, begin: datetime) -> pl.DataFrame:
