@@ -12,7 +12,7 @@ from crpbot_lib.features.feature import Feature, Stage, ema, population_std, rsi
 HIGH, LOW, CLOSE, VOLUME = pl.col("high"), pl.col("low"), pl.col("close"), pl.col("volume")
 SPREAD, ATR, VOLUME_MA, MACD, MACD_SIGNAL = (pl.col(c) for c in ("spread", "atr", "volume_ma", "macd", "macd_signal"))
 BB_MEAN, BB_STD, ATR_PERCENTILE = (pl.col(c) for c in ("bb_mean", "bb_std", "atr_percentile"))
-HOUR, WEEKDAY = pl.col("timestamp").dt.hour(), pl.col("timestamp").dt.weekday() - 1
+HOUR, WEEKDAY = pl.col("hour"), pl.col("weekday")
 
 RECURSIVE = 500
 """Rows after which no smoothing of this module remembers its start: (1 - 1/14)^500 and (1 - 2/27)^500 are below 1e-16."""
@@ -26,6 +26,8 @@ CHANGE = CLOSE.diff()
 
 STAGES: tuple[Stage, ...] = (
     {
+        "hour": pl.col("timestamp").dt.hour(),
+        "weekday": pl.col("timestamp").dt.weekday() - 1,
         "spread": HIGH - LOW,
         # the horizontal maximum skips the null of the first row, whose true range is high - low
         "atr": wilder(pl.max_horizontal(HIGH, PREVIOUS_CLOSE) - pl.min_horizontal(LOW, PREVIOUS_CLOSE), 14),

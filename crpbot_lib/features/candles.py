@@ -86,6 +86,8 @@ _BEFORE_HOLE = pl.col("timestamp").shift(1) + _MINUTE
 _MISSING = (_APART.dt.total_minutes() - 1).alias("minutes")
 _OUTAGE = (pl.col("minutes") > candle_rules.MAX_NO_TRADE_MINUTES).alias("outage")
 _SEGMENT = (_APART > (candle_rules.MAX_NO_TRADE_MINUTES + 1) * _MINUTE).fill_null(False).cum_sum().alias("segment")
+_ONE_SEGMENT = pl.lit(0, pl.UInt32).alias("segment")
+_NO_HOLES = pl.DataFrame(schema={"start": TIMESTAMP, "minutes": pl.Int64, "outage": pl.Boolean})
 _HOLE_MINUTES = pl.datetime_ranges(
     pl.col("start"), pl.col("start") + (pl.col("minutes") - 1) * pl.duration(minutes=1), interval="1m", time_unit="us"
 )
@@ -93,16 +95,18 @@ _HOLE_MINUTES = pl.datetime_ranges(
 
 def fill_no_trade_minutes(minutes: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The minutes with the no-trade ones filled and a ``segment`` number, and the holes: ``start``, ``minutes``, ``outage``."""
-    filled = minutes.with_columns(_SEGMENT)
-    holes = minutes.select(_BEFORE_HOLE.alias("start"), _MISSING).filter(pl.col("minutes") > 0).with_columns(_OUTAGE)
+    if minutes.height == (minutes["timestamp"][-1] - minutes["timestamp"][0]) // _MINUTE + 1:
+        return minutes.with_columns_seq(_ONE_SEGMENT), _NO_HOLES
+    filled = minutes.with_columns_seq(_SEGMENT)
+    holes = minutes.select_seq(_BEFORE_HOLE.alias("start"), _MISSING).filter(pl.col("minutes") > 0).with_columns_seq(_OUTAGE)
     silent = holes.filter(~pl.col("outage"))
     if silent.height:
-        added = silent.select(timestamp=_HOLE_MINUTES).explode("timestamp")
+        added = silent.select_seq(timestamp=_HOLE_MINUTES).explode("timestamp")
         filled = (
             pl.concat([filled, added], how="diagonal")
             .sort("timestamp")
-            .with_columns(pl.col("segment", "close").forward_fill(), pl.col("volume").fill_null(0.0))
-            .with_columns(pl.col("open", "high", "low").fill_null(pl.col("close")))
+            .with_columns_seq(pl.col("segment", "close").forward_fill(), pl.col("volume").fill_null(0.0))
+            .with_columns_seq(pl.col("open", "high", "low").fill_null(pl.col("close")))
         )
     return filled, holes
 
@@ -110,13 +114,14 @@ def fill_no_trade_minutes(minutes: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataF
 def _typed(name: str, frame: pl.DataFrame | None, columns: Sequence[str], times: Sequence[str]) -> pl.DataFrame:
     if frame is None:
         raise FeatureError(f"{name} are missing: expected a frame with {', '.join(columns)}")
-    absent = [column for column in columns if column not in frame.columns]
+    schema = frame.schema
+    absent = [column for column in columns if column not in schema]
     if absent:
-        raise FeatureError(f"{name}: no column {', '.join(absent)}; it has {', '.join(frame.columns) or 'none'}")
+        raise FeatureError(f"{name}: no column {', '.join(absent)}; it has {', '.join(schema) or 'none'}")
     if frame.is_empty():
         raise FeatureError(f"{name} are empty: expected at least one row")
     for column in columns:
-        dtype = frame.schema[column]
+        dtype = schema[column]
         if column in times and not (isinstance(dtype, pl.Datetime) and dtype.time_zone == "UTC"):
             raise FeatureError(f"{name}, column {column}: the type is {dtype}, expected Datetime with time zone UTC")
         if column not in times and not dtype.is_numeric() and dtype != pl.Null:
@@ -138,8 +143,8 @@ def _order(column: str, *, strictly: bool) -> list[Check]:
 
 def _refuse(name: str, frame: pl.DataFrame, checks: Sequence[Check]) -> None:
     """Raises for the first of ``checks`` that finds a row."""
-    found = frame.select(wrong.any().alias(str(i)) for i, (_, wrong, _) in enumerate(checks))
+    found = frame.select_seq(wrong.any().alias(str(i)) for i, (_, wrong, _) in enumerate(checks))
     for one, (column, wrong, expected) in zip(found.row(0), checks, strict=True):
         if one:
-            row = frame.select(wrong.fill_null(False).arg_true().first()).item()
+            row = frame.select_seq(wrong.fill_null(False).arg_true().first()).item()
             raise FeatureError(f"{name}, column {column}, row {row}: the value is {frame[column][row]}; {expected}")

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from crpbot_lib.features.feature import (
-    AS_WRITTEN,
     TIMESTAMP,
     Feature,
     Stage,
@@ -22,7 +23,6 @@ from crpbot_lib.features.feature import (
     population_std,
     rsi,
     sma,
-    steps,
     wilder,
     with_stages,
 )
@@ -134,50 +134,64 @@ DAILY_FEATURES: tuple[Feature, ...] = (
 )
 
 
-_BEGINS_ANEW = (pl.col("timestamp").dt.truncate("1h").diff() > MAX_HOURLY_HOLE).fill_null(False).arg_true()
-_SLOTS = {every: pl.col("timestamp").dt.truncate(every).alias("slot") for every in (timedelta(hours=1), timedelta(days=1))}
-_FIRST_OF_SLOT = pl.col("slot").ne_missing(pl.col("slot").shift(1))
 _KNOWN_AT, _IS_POINT = pl.col("available_at").alias("known_at"), pl.col("known_at").is_not_null()
 _HOURLY_COLUMNS = (_KNOWN_AT, *(f.expr.alias(f.name) for f in HOURLY_FEATURES))
 _DAILY_COLUMNS = (_KNOWN_AT, *(f.expr.alias(f.name) for f in DAILY_FEATURES))
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+
+
+def _slots(points: pl.DataFrame, every: timedelta) -> npt.NDArray[np.int64]:
+    """The number of each point's slot, counted from 1970."""
+    return points["timestamp"].cast(pl.Int64).to_numpy() // (every // timedelta(microseconds=1))
 
 
 def _on_grid(points: pl.DataFrame, every: timedelta) -> pl.DataFrame:
     """One row a slot, from the first to the last, null where CoinGecko has no point. Of two points in a slot the first counts:
     it was the slot's point when it appeared."""
-    slots = points.lazy().with_columns(_SLOTS[every]).filter(_FIRST_OF_SLOT).collect(optimizations=AS_WRITTEN)
-    grid = steps(slots["slot"][0], slots["slot"][-1], every).alias("slot")
-    return slots if len(grid) == slots.height else grid.to_frame().join(slots, on="slot", how="left", maintain_order="left")
+    slots = _slots(points, every)
+    if (np.diff(slots) == 1).all():
+        return points
+    numbered = points.with_columns_seq(slot=pl.Series(slots)).unique("slot", keep="first", maintain_order=True)
+    grid = pl.DataFrame({"slot": np.arange(slots[0], slots[-1] + 1)})
+    return grid.join(numbered, on="slot", how="left", maintain_order="left")
 
 
-def hourly_indicators(points: pl.DataFrame) -> pl.LazyFrame:
+def _features(on_grid: pl.DataFrame, stages: Sequence[Stage], columns: Sequence[pl.Expr]) -> pl.DataFrame:
+    return with_stages(on_grid, stages).select_seq(columns)
+
+
+def hourly_indicators(points: pl.DataFrame) -> pl.DataFrame:
     """``known_at`` and the hourly features, one row for each point of ``points`` (validated, sorted)."""
-    edges = [0, *points.select(_BEGINS_ANEW).to_series(), points.height]
+    begins_anew = np.flatnonzero(np.diff(_slots(points, HOUR)) > MAX_HOURLY_HOLE // HOUR) + 1
     series = [
-        with_stages(_on_grid(points[begin:end], timedelta(hours=1)), HOURLY_STAGES).select(_HOURLY_COLUMNS).slice(HOURLY_WARM_UP)
-        for begin, end in pairwise(edges)
+        _features(_on_grid(points[begin:end], HOUR), HOURLY_STAGES, _HOURLY_COLUMNS).slice(HOURLY_WARM_UP)
+        for begin, end in pairwise([0, *begins_anew.tolist(), points.height])
     ]
     return pl.concat(series).filter(_IS_POINT)
 
 
+_NO_RECORD, _NOT_RECORD = pl.lit(None, pl.Float64).alias("record"), pl.col("record").is_null()
 _HIGHEST = pl.coalesce("price", "record")
 _BEFORE = pl.col("ath").shift(1)
 _ATH = _HIGHEST.cum_max().forward_fill().alias("ath")
 _ATH_AT = pl.when((_HIGHEST > _BEFORE) | _BEFORE.is_null()).then("timestamp").forward_fill().alias("ath_at")
 
 
-def daily_indicators(points: pl.DataFrame, records: Sequence[tuple[float, datetime]]) -> pl.LazyFrame:
+def daily_indicators(points: pl.DataFrame, records: Sequence[tuple[float, datetime]]) -> pl.DataFrame:
     """``known_at`` and the daily features, one row for each point of ``points`` (validated, sorted).
 
     ``records`` are dated all-time highs from elsewhere; each counts from the first daily point that is stamped no earlier than it.
     The running maximum is that of the daily prices and the records, not of the hourly prices: those begin where the interval
     does, and a day computed alone would not equal the same day of a longer run.
     """
-    dated = pl.DataFrame(
-        {"timestamp": [at for _, at in records], "record": [float(price) for price, _ in records]},
-        schema={"timestamp": TIMESTAMP, "record": pl.Float64},
-    )
-    # on equal stamps the record comes first, and so counts for the point
-    merged = pl.concat([dated, points], how="diagonal").lazy().sort("timestamp", maintain_order=True)
-    known = merged.with_columns(_ATH).with_columns(_ATH_AT).filter(pl.col("record").is_null()).collect(optimizations=AS_WRITTEN)
-    return with_stages(_on_grid(known, timedelta(days=1)), DAILY_STAGES).select(_DAILY_COLUMNS).filter(_IS_POINT)
+    if not records:
+        known = points.with_columns_seq(_NO_RECORD).with_columns_seq(_ATH).with_columns_seq(_ATH_AT)
+    else:
+        dated = pl.DataFrame(
+            {"timestamp": [at for _, at in records], "record": [float(price) for price, _ in records]},
+            schema={"timestamp": TIMESTAMP, "record": pl.Float64},
+        )
+        # on equal stamps the record comes first, and so counts for the point
+        merged = pl.concat([dated, points], how="diagonal").sort("timestamp", maintain_order=True)
+        known = merged.with_columns_seq(_ATH).with_columns_seq(_ATH_AT).filter(_NOT_RECORD)
+    return _features(_on_grid(known, DAY), DAILY_STAGES, _DAILY_COLUMNS).filter(_IS_POINT)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from itertools import pairwise
@@ -23,33 +24,35 @@ import numpy as np
 import polars as pl
 
 from crpbot_lib import config
-from crpbot_lib.config import TIMEFRAME_SECONDS, FeatureGroup, Timeframe
+from crpbot_lib.config import TIMEFRAME_SECONDS, FeatureGroup
 from crpbot_lib.features import base, candles, catalog, coingecko, multi_timeframe
 from crpbot_lib.features.errors import FeatureError, NoRowError
-from crpbot_lib.features.feature import AS_WRITTEN, CLOSES_AFTER, Feature, row_of, with_stages
+from crpbot_lib.features.feature import CLOSES_AFTER, row_of, with_stages
 
 VALUE = pl.Float32()
 """What a feature is stored as; everything before is computed in Float64."""
-_Lines = tuple[pl.DataFrame, timedelta]
-"""A series with its ``decided_at``, and how long a line of it stands."""
+MONTHS_AT_ONCE = 2
+"""Each is computed on one core, in memory that grows with their number."""
 _CARRIED = ("timestamp", "open", "high", "low", "close", "volume")
 
 
-@dataclass
-class Account:
-    """What was filled and dropped on the way to the rows (all counts within the rows' interval)."""
+@dataclass(frozen=True)
+class Engineered:
+    """The rows, and what was filled and dropped on the way to them (all counts within the rows' interval)."""
 
+    frame: pl.DataFrame
+    """The columns of the file, no nulls; as many chunks as months."""
     holes: pl.DataFrame
     """``start``, ``minutes``, ``outage`` of every hole of the 1-minute candles, the warm-up's included."""
     bars: dict[str, dict[str, int]]
     """Per width, how many bars were compared with their 1-minute candles, and how many have another close."""
-    minutes: int = 0
+    minutes: int
     """Minutes of the interval that have a candle, served or filled."""
-    cold: int = 0
+    cold: int
     """Minutes dropped because the candles before them begin, or begin anew after an outage, too shortly before."""
-    unknown: Counter[str] = field(default_factory=Counter)
+    unknown: Counter[str]
     """Of the warm minutes: how many lack which feature. A minute may lack several."""
-    newest: list[str] = field(default_factory=list)
+    newest: list[str]
     """What the newest minute lacks; empty when it has all, or is not warm."""
 
     def lacking(self) -> str:
@@ -58,13 +61,6 @@ class Account:
             f"of {self.minutes} minutes with a candle {self.cold} lie too soon after the beginning or an outage; minutes that "
             f"lack a feature: {worst(self.unknown)}"
         )
-
-
-@dataclass
-class Engineered(Account):
-    """The account and all rows in one frame."""
-
-    frame: pl.DataFrame = field(default_factory=pl.DataFrame)
 
 
 def engineer_features(symbol: str, candles: Mapping[str, pl.DataFrame], coingecko: Mapping[str, Any]) -> pl.DataFrame:
@@ -93,42 +89,43 @@ def engineer(
 ) -> Engineered:
     """``engineer_features`` for given ``groups``, with the account of what was filled and dropped. Rows before ``start`` serve as
     warm-up only."""
-    account, months = engineer_months(symbol, groups, candles_by_width, coingecko_points, start)
-    frames = list(months)
-    return Engineered(**vars(account), frame=pl.concat(frames) if frames else pl.DataFrame(schema=catalog.schema(groups)))
-
-
-def engineer_months(
-    symbol: str,
-    groups: Sequence[FeatureGroup],
-    candles_by_width: Mapping[str, pl.DataFrame],
-    coingecko_points: Mapping[str, Any],
-    start: datetime | None = None,
-) -> tuple[Account, Iterator[pl.DataFrame]]:
-    """``engineer``, one frame a calendar month, each computed when it is asked for. The account is complete after the last one;
-    FeatureError for bad input comes before the first."""
     served = candles.check_candles(f"{symbol} 1m candles", candles_by_width.get("1m"), TIMEFRAME_SECONDS["1m"])
     minutes, holes = candles.fill_no_trade_minutes(served)
-    widths = multi_timeframe.WIDTHS if "multi_timeframe" in groups else ()
-    known = [_bars(symbol, width, candles_by_width.get(width), served) for width in widths]
+    known: list[_Known] = []
+    compared: dict[str, dict[str, int]] = {}
+    for width in multi_timeframe.WIDTHS if "multi_timeframe" in groups else ():
+        seconds = TIMEFRAME_SECONDS[width]
+        wide = candles.check_candles(f"{symbol} {width} candles", candles_by_width.get(width), seconds)
+        bars = multi_timeframe.bars(width, wide, served)
+        try:
+            compared[width] = multi_timeframe.compare_with_minutes(width, bars, served["timestamp"][0])
+        except FeatureError as error:
+            raise FeatureError(f"{symbol} {error}") from None
+        names = [f"{width}_{column}" for column in multi_timeframe.OHLCV]
+        # a bar stands until the next one closes, and not a minute longer
+        known.append(_known(bars, names, timedelta(seconds=seconds) - CLOSES_AFTER, f"{width}_sign"))
     if "coingecko_hourly" in groups:
         hourly = candles.check_points(f"{symbol} CoinGecko hourly points", coingecko_points.get("hourly"))
-        known.append(_indicators(coingecko.hourly_indicators(hourly), coingecko.HOURLY_FEATURES, coingecko.HOURLY_MAX_AGE))
+        names = catalog.names(["coingecko_hourly"])
+        known.append(_known(coingecko.hourly_indicators(hourly), names, coingecko.HOURLY_MAX_AGE))
     if "coingecko_daily" in groups:
         daily = candles.check_points(f"{symbol} CoinGecko daily points", coingecko_points.get("daily"))
         records = candles.check_all_time_highs(coingecko_points.get("all_time_high"))
-        known.append(_indicators(coingecko.daily_indicators(daily, records), coingecko.DAILY_FEATURES, coingecko.DAILY_MAX_AGE))
-    series = pl.collect_all([one.query for one in known], optimizations=AS_WRITTEN)
-    compared: dict[str, dict[str, int]] = {}
-    for width, frame in zip(widths, series, strict=False):
-        apart = frame.drop_in_place("apart")
-        try:
-            compared[width] = multi_timeframe.compare_with_minutes(width, frame["decided_at"], apart, served["timestamp"][0])
-        except FeatureError as error:
-            raise FeatureError(f"{symbol} {error}") from None
-    account = Account(holes, compared)
-    lines = [(frame, one.max_age) for frame, one in zip(series, known, strict=True)]
-    return account, _months(minutes, lines, tuple(groups), start or minutes["timestamp"][0], account)
+        names = catalog.names(["coingecko_daily"])
+        known.append(_known(coingecko.daily_indicators(daily, records), names, coingecko.DAILY_MAX_AGE))
+    first, newest = row_of(minutes["timestamp"], start or minutes["timestamp"][0]), minutes["timestamp"][-1]
+    months = _months(minutes, first, known, tuple(groups))
+    count, warm = minutes.height - first, sum(rows.height for rows in months)
+    unknown, lacks, frames = Counter[str](), list[str](), list[pl.DataFrame]()
+    for rows in months:
+        nulls = rows.null_count().row(0, named=True)
+        lacking = {name: found for name, found in nulls.items() if found and name not in catalog.EXCLUDED}
+        unknown.update(lacking)
+        if rows["timestamp"][-1] == newest:
+            lacks = [name for name in lacking if rows[name][-1] is None]
+        frames.append(rows.drop_nulls() if lacking else rows)
+    frame = pl.concat(frames) if frames else pl.DataFrame(schema=catalog.schema(groups))
+    return Engineered(frame, holes, compared, count, count - warm, unknown, lacks)
 
 
 def worst(unknown: Mapping[str, int]) -> str:
@@ -141,63 +138,52 @@ def worst(unknown: Mapping[str, int]) -> str:
 class _Known:
     """A series that the minutes see from ``decided_at`` on, its features as the file has them, and how long a line of it stands."""
 
-    query: pl.LazyFrame
+    series: pl.DataFrame
     max_age: timedelta
 
 
-def _bars(symbol: str, width: Timeframe, wide: pl.DataFrame | None, served: pl.DataFrame) -> _Known:
-    seconds = TIMEFRAME_SECONDS[width]
-    bars = multi_timeframe.bars(width, candles.check_candles(f"{symbol} {width} candles", wide, seconds), served)
-    names = tuple(f"{width}_{column}" for column in multi_timeframe.OHLCV)
-    # a bar stands until the next one closes, and not a minute longer
-    return _Known(bars.select(_known_columns(names, (f"{width}_sign", "apart"), VALUE)), timedelta(seconds=seconds) - CLOSES_AFTER)
+def _known(series: pl.DataFrame, features: Sequence[str], max_age: timedelta, *others: str) -> _Known:
+    return _Known(series.select_seq(_known_columns(tuple(features), others, VALUE)), max_age)
 
 
-def _indicators(series: pl.LazyFrame, features: Sequence[Feature], max_age: timedelta) -> _Known:
-    return _Known(series.select(_known_columns(tuple(f.name for f in features), (), VALUE)), max_age)
-
-
-def _months(
-    minutes: pl.DataFrame, known: Sequence[_Lines], groups: tuple[FeatureGroup, ...], start: datetime, account: Account
-) -> Iterator[pl.DataFrame]:
-    """The rows of ``minutes`` (no-trade minutes filled) at or after ``start``; counts them into ``account``."""
-    times, height, names = minutes["timestamp"], minutes.height, catalog.names(groups)
-    first = row_of(times, start)
-    account.minutes = account.cold = height - first
+def _months(minutes: pl.DataFrame, first: int, known: Sequence[_Known], groups: tuple[FeatureGroup, ...]) -> list[pl.DataFrame]:
+    """The warm rows of ``minutes`` (no-trade minutes filled) from row ``first`` on, a frame a calendar month that has any."""
+    times, height = minutes["timestamp"], minutes.height
     begins = (row_of(times, month) for month in _month_begins(times[0], times[-1]))
     edges = [first, *(row for row in begins if row > first), height]
     outages = (np.flatnonzero(np.diff(minutes["segment"].to_numpy())) + 1).tolist()
     segments = list(pairwise([0, *outages, height]))
-    for begin, end in pairwise(edges):
+
+    def month(span: tuple[int, int]) -> pl.DataFrame | None:
+        begin, end = span
         # a warm row has its whole warm-up in its own segment: every piece is computed from there on, and from there only
         warm = ((max(begin, first_of + catalog.SEGMENT_WARM_UP), min(end, end_of)) for first_of, end_of in segments)
         pieces = [_base(minutes[keep - catalog.SEGMENT_WARM_UP : stop], groups) for keep, stop in warm if keep < stop]
-        if not pieces:
-            continue
-        rows = _rows(pl.concat(pieces), known, groups)
-        account.cold -= rows.height
-        lacking = {name: count for name in names if (count := rows[name].null_count())}
-        account.unknown.update(lacking)
-        if rows["timestamp"][-1] == times[-1]:
-            account.newest = [name for name in lacking if rows[name][-1] is None]
-        yield rows.drop_nulls() if lacking else rows
+        return _rows(pl.concat(pieces), known, groups) if pieces else None
+
+    spans = list(pairwise(edges))
+    if len(spans) == 1:
+        # a live window: a thread of its own would only cost time
+        months = [month(spans[0])]
+    else:
+        with ThreadPoolExecutor(MONTHS_AT_ONCE) as pool:
+            months = list(pool.map(month, spans))
+    return [rows for rows in months if rows is not None]
 
 
 def _base(piece: pl.DataFrame, groups: tuple[FeatureGroup, ...]) -> pl.DataFrame:
     """The warm rows of minutes without a hole, with the base features and what the joins and the multi-timeframe features need."""
-    rows = with_stages(piece, base.STAGES).select(_base_columns(groups, VALUE)).slice(catalog.SEGMENT_WARM_UP)
-    return rows.collect(optimizations=AS_WRITTEN)
+    return with_stages(piece, base.STAGES).select_seq(_base_columns(groups, VALUE)).slice(catalog.SEGMENT_WARM_UP)
 
 
-def _rows(base_rows: pl.DataFrame, known: Sequence[_Lines], groups: tuple[FeatureGroup, ...]) -> pl.DataFrame:
+def _rows(base_rows: pl.DataFrame, known: Sequence[_Known], groups: tuple[FeatureGroup, ...]) -> pl.DataFrame:
     """The columns of the file; null where a value was not known."""
-    rows, present = base_rows.lazy(), set(base_rows.columns)
-    for series, max_age in known:
-        rows = rows.join_asof(series.lazy(), on="decided_at", strategy="backward", tolerance=max_age)
-        present |= set(series.columns)
+    rows = base_rows
+    for one in known:
+        rows = rows.join_asof(one.series, on="decided_at", strategy="backward", tolerance=one.max_age)
     if "multi_timeframe" in groups:
-        rows = multi_timeframe.prepare(rows)
-    return rows.select(_file_columns(groups, frozenset(present), VALUE)).collect(optimizations=AS_WRITTEN)
+        rows = multi_timeframe.prepare(rows).with_columns_seq(_alignment_columns(VALUE))
+    return rows[[*catalog.EXCLUDED, *catalog.names(groups)]]
 
 
 @lru_cache
@@ -219,11 +205,8 @@ def _base_columns(groups: tuple[FeatureGroup, ...], dtype: pl.DataType) -> list[
 
 
 @lru_cache
-def _file_columns(groups: tuple[FeatureGroup, ...], present: frozenset[str], dtype: pl.DataType) -> list[pl.Expr]:
-    return [
-        *(pl.col(name) for name in (*_CARRIED, "session", "volatility_regime")),
-        *(pl.col(f.name) if f.name in present else _value(f.expr, dtype).alias(f.name) for f in catalog.features(groups)),
-    ]
+def _alignment_columns(dtype: pl.DataType) -> list[pl.Expr]:
+    return [_value(f.expr, dtype).alias(f.name) for f in multi_timeframe.ALIGNMENT]
 
 
 def _value(expr: pl.Expr, dtype: pl.DataType) -> pl.Expr:

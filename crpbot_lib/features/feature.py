@@ -18,8 +18,6 @@ from crpbot_lib.config import FeatureGroup
 
 Values = npt.NDArray[np.float64]
 TIMESTAMP = pl.Datetime("us", "UTC")
-AS_WRITTEN = pl.QueryOptFlags.none(simplify_expression=True)
-"""For queries that are written in the order in which they are to run: optimising them costs more than computing a live window."""
 CLOSES_AFTER = timedelta(minutes=1)
 """A row is the 1-minute candle that opens at ``timestamp``; its decision is taken when that candle closes."""
 _EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
@@ -33,7 +31,7 @@ def steps(first: datetime, last: datetime, every: timedelta) -> pl.Series:
 
 def row_of(times: pl.Series, at: datetime) -> int:
     """The first row of ``times`` (sorted, ``TIMESTAMP``) at or after ``at``; their number when there is none."""
-    return int(np.searchsorted(times.to_physical().to_numpy(), (at - _EPOCH) // _MICROSECOND))
+    return int(np.searchsorted(times.cast(pl.Int64).to_numpy(), (at - _EPOCH) // _MICROSECOND))
 
 
 @dataclass(frozen=True)
@@ -93,17 +91,12 @@ class Window:
 Stage = Mapping[str, pl.Expr | Window]
 
 
-def with_stages(frame: pl.DataFrame, stages: Iterable[Stage]) -> pl.LazyFrame:
-    """``frame`` with the columns of ``stages``, each computed from the frame with those before it. The windows are computed here,
-    the rest when it is collected."""
-    query = frame.lazy()
-    for number, stage in enumerate(stages):
-        if number and any(isinstance(how, Window) for how in stage.values()):
-            frame = query.collect(optimizations=AS_WRITTEN)
-            query = frame.lazy()
+def with_stages(frame: pl.DataFrame, stages: Iterable[Stage]) -> pl.DataFrame:
+    """``frame`` with the columns of ``stages``, each computed from the frame with those before it."""
+    for stage in stages:
         # windows one after the other and outside of polars: its threads would wait for each other at Python's lock
-        query = query.with_columns(**{name: how.of(frame) if isinstance(how, Window) else how for name, how in stage.items()})
-    return query
+        frame = frame.with_columns_seq(**{name: how.of(frame) if isinstance(how, Window) else how for name, how in stage.items()})
+    return frame
 
 
 def sma(column: str, length: int) -> Window:

@@ -32,20 +32,7 @@ def _votes(sign: int) -> pl.Expr:
 UP, DOWN, FLAT, SCORE = pl.col("up"), pl.col("down"), pl.col("flat"), pl.col("tf_alignment_score")
 DIRECTION = pl.when((UP > DOWN) & (UP > FLAT)).then(1).when((DOWN > UP) & (DOWN > FLAT)).then(-1).when(UP.is_not_null()).then(0)
 
-FEATURES: tuple[Feature, ...] = (
-    *(
-        Feature(
-            f"{width}_{column}",
-            "multi_timeframe",
-            "volume" if column == "volume" else "price",
-            f"{column} of the last {width} candle closed by timestamp + 1 min",
-            # the bar before the one that the first minute of the series falls into is not known
-            2 * TIMEFRAME_SECONDS[width] // 60,
-            pl.col(f"{width}_{column}"),
-        )
-        for width in WIDTHS
-        for column in OHLCV
-    ),
+ALIGNMENT: tuple[Feature, ...] = (
     Feature(
         "tf_alignment_score",
         "multi_timeframe",
@@ -71,6 +58,23 @@ FEATURES: tuple[Feature, ...] = (
         (BARS_BACK + 2) * 60,
         2 * (SCORE - 0.5).abs(),
     ),
+)
+
+FEATURES: tuple[Feature, ...] = (
+    *(
+        Feature(
+            f"{width}_{column}",
+            "multi_timeframe",
+            "volume" if column == "volume" else "price",
+            f"{column} of the last {width} candle closed by timestamp + 1 min",
+            # the bar before the one that the first minute of the series falls into is not known
+            2 * TIMEFRAME_SECONDS[width] // 60,
+            pl.col(f"{width}_{column}"),
+        )
+        for width in WIDTHS
+        for column in OHLCV
+    ),
+    *ALIGNMENT,
     Feature(
         "atr_percentile",
         "multi_timeframe",
@@ -86,9 +90,9 @@ _VOTES = (_votes(1).alias("up"), _votes(-1).alias("down"), _votes(0).alias("flat
 _SCORE = (pl.max_horizontal(UP, DOWN, FLAT) / 4).alias("tf_alignment_score")
 
 
-def prepare(rows: pl.LazyFrame) -> pl.LazyFrame:
+def prepare(rows: pl.DataFrame) -> pl.DataFrame:
     """``rows``, joined with the bars of every width, with the columns that the formulas of this module share."""
-    return rows.with_columns(_VOTES).with_columns(_SCORE)
+    return rows.with_columns_seq(_VOTES).with_columns_seq(_SCORE)
 
 
 CLOSE, OWN, SILENT, LAST_CLOSE, FILLED_CLOSE = (pl.col(c) for c in ("close", "own", "silent", "last_close", "filled_close"))
@@ -125,7 +129,7 @@ def _bar_columns(width: Timeframe) -> tuple[pl.Expr, ...]:
     )
 
 
-def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.LazyFrame:
+def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.DataFrame:
     """The candles of one width on their own full grid: ``known_at`` (the candle's close), OHLCV, the sign of the 5-bar change, and
     ``apart``, by which share the close is not that of the last minute inside; null where no bar is served, or no minute traded.
 
@@ -140,24 +144,25 @@ def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.La
     grid = steps(served["timestamp"][0], last, every)
     whole = len(grid) == served.height and served["timestamp"][-1] == last
     on = served if whole else grid.to_frame().join(served, on="timestamp", how="left", maintain_order="left")
-    own = minutes.lazy().select(_OWN_CLOSE)
-    joined = on.lazy().with_columns(_last_minute(width)).join_asof(own, on="last_minute", tolerance=every - CLOSES_AFTER)
-    return joined.with_columns(_SILENCE).with_columns(_FILLED).select(_bar_columns(width))
+    joined = on.with_columns_seq(_last_minute(width)).join_asof(
+        minutes.select_seq(_OWN_CLOSE), on="last_minute", tolerance=every - CLOSES_AFTER
+    )
+    return joined.with_columns_seq(_SILENCE).with_columns_seq(_FILLED).select_seq(_bar_columns(width))
 
 
-def compare_with_minutes(width: Timeframe, known_at: pl.Series, apart: pl.Series, first: datetime) -> dict[str, int]:
-    """Of ``bars``: how many that open at or after ``first`` (of the 1-minute candles) were compared with the 1-minute candles
+def compare_with_minutes(width: Timeframe, bars: pl.DataFrame, first: datetime) -> dict[str, int]:
+    """How many of ``bars`` that open at or after ``first`` (of the 1-minute candles) were compared with the 1-minute candles
     inside them, and how many have another close.
 
     Raises FeatureError when so many differ that the two series are not of one market, or one is shifted.
     """
-    since = row_of(known_at, first + _width(width))
+    since = row_of(bars["known_at"], first + _width(width))
     # what was not compared is NaN, and no comparison with NaN holds
-    shares = apart.to_numpy()[since:]
+    shares = bars["apart"].to_numpy()[since:]
     wrong = shares > MAX_APART
     compared, differs = int(np.isfinite(shares).sum()), int(wrong.sum())
     if differs > max(MAX_DISAGREEING_SHARE * compared, MAX_DISAGREEING_BARS):
-        at = known_at[since + int(wrong.argmax())] - _width(width)
+        at = bars["known_at"][since + int(wrong.argmax())] - _width(width)
         raise FeatureError(
             f"{width} candles: the close of {differs} of {compared} bars is not that of the last 1m candle inside them, first at "
             f"{at:%Y-%m-%d %H:%M} UTC; fetch both from the same product again, and check that timestamps are open times"

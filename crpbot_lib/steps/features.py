@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -21,7 +21,7 @@ import polars as pl
 
 from crpbot_lib.config import ALL_GROUPS, Settings, Symbol
 from crpbot_lib.features import catalog, multi_timeframe
-from crpbot_lib.features.engineer import Account, engineer_months, worst
+from crpbot_lib.features.engineer import engineer, worst
 from crpbot_lib.features.errors import FeatureError
 from crpbot_lib.features.history import check_history
 from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
@@ -30,9 +30,6 @@ log = logging.getLogger(__name__)
 Summary = dict[str, Any]
 DAY = timedelta(days=1)
 
-READERS, READ_TOGETHER = 8, 16
-"""Partitions read at once, each in a thread that waits for the network and not for the processor; and how many one after the other
-before a thread is given others."""
 VARIES_AFTER = {"coingecko_daily": 3 * DAY}
 """A column that does not change over rows spanning longer than this (2 days where not named) is a placeholder."""
 
@@ -121,9 +118,8 @@ def plan_features(settings: Settings, lake: Lake, symbols: Sequence[str], start:
 def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -> Summary:
     """Computes and writes one symbol's features file and its sidecar.
 
-    Computed and encoded month by month: memory holds the inputs, one month and the file, which is published whole. Running it
-    again with the same version writes the same bytes, whatever the number of threads. A version that has passed the gate is never
-    replaced by other bytes.
+    Running it again with the same version writes the same bytes, whatever the number of threads. A version that has passed the gate
+    is never replaced by other bytes.
 
     Returns ``symbol, key, rows, dropped, features, hash, sha256, filled, outages, seconds``. MissingInputError when a partition is
     absent, FeatureError when the inputs are not those of the plan, cannot be used, give no row, or give other bytes than the gated
@@ -138,11 +134,15 @@ def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -
     contents = _read(lake, entry, inputs)
     if _digest(contents) != plan["digests"][symbol]:
         raise FeatureError(f"{symbol}: the input partitions have changed since version {plan['version']} was planned; plan again")
-    built, months = _engineer(entry, inputs, contents, start)
+    series = _series(entry, inputs, contents, start)
     del contents
-    content, rows = _parquet(months, catalog.schema(entry.feature_groups))
+    points: dict[str, Any] = {name: series.pop(name) for name in ("hourly", "daily") if name in series}
+    points["all_time_high"] = list(entry.all_time_highs)
+    built = engineer(symbol, entry.feature_groups, series, points, start=_midnight(start))
+    rows = built.frame.height
     if not rows:
         raise FeatureError(f"{symbol}: no row of [{start}, {end}) could be computed: {built.lacking()}")
+    content = _parquet(built.frame)
 
     key = keys.features(plan["version"], symbol)
     sha256 = hashlib.sha256(content).hexdigest()
@@ -388,13 +388,7 @@ def _inputs(symbol: Symbol, start: date, end: date) -> list[_Input]:
 def _read(lake: Lake, symbol: Symbol, inputs: Sequence[_Input]) -> list[bytes]:
     """The bytes of ``inputs``, in their order; MissingInputError names all that are absent."""
 
-    def read(some: Sequence[_Input]) -> list[bytes | None]:
-        return [_read_or_none(lake, one.key) for one in some]
-
-    # a task for each partition would cost more than reading it does in a directory
-    tasks = [inputs[i : i + READ_TOGETHER] for i in range(0, len(inputs), READ_TOGETHER)]
-    with ThreadPoolExecutor(READERS) as pool:
-        contents = [content for some in pool.map(read, tasks) for content in some]
+    contents = lake.read_each([one.key for one in inputs])
     absent = [one for one, content in zip(inputs, contents, strict=True) if content is None]
     if absent:
         commands = "\n  ".join(_fetch_commands(symbol, absent))
@@ -403,13 +397,6 @@ def _read(lake: Lake, symbol: Symbol, inputs: Sequence[_Input]) -> list[bytes]:
             f"fetch them with\n  {commands}"
         )
     return [content for content in contents if content is not None]
-
-
-def _read_or_none(lake: Lake, key: str) -> bytes | None:
-    try:
-        return lake.read(key)
-    except KeyMissingError:
-        return None
 
 
 def _fetch_commands(symbol: Symbol, absent: Sequence[_Input]) -> list[str]:
@@ -431,18 +418,16 @@ def _digest(contents: Iterable[bytes]) -> str:
     return hashlib.sha256("".join(each).encode()).hexdigest()
 
 
-def _engineer(
-    symbol: Symbol, inputs: Sequence[_Input], contents: Sequence[bytes], start: date
-) -> tuple[Account, Iterator[pl.DataFrame]]:
+def _series(symbol: Symbol, inputs: Sequence[_Input], contents: Sequence[bytes], start: date) -> dict[str, pl.DataFrame]:
+    """Each series that the features are computed from, by its candle width, ``hourly`` or ``daily``."""
     parts: dict[str, list[tuple[str, bytes]]] = {}
     for one, content in zip(inputs, contents, strict=True):
         parts.setdefault(one.series, []).append((one.key, content))
-    series = {name: _decoded(found) for name, found in parts.items()}
+    with ThreadPoolExecutor(len(parts)) as pool:
+        series = dict(zip(parts, pool.map(_decoded, parts.values()), strict=True))
     if "daily" in series:
         check_history(symbol, series["daily"], _midnight(start))
-    points: dict[str, Any] = {name: series.pop(name) for name in ("hourly", "daily") if name in series}
-    points["all_time_high"] = list(symbol.all_time_highs)
-    return engineer_months(symbol.name, symbol.feature_groups, series, points, start=_midnight(start))
+    return series
 
 
 def _decoded(parts: Sequence[tuple[str, bytes]]) -> pl.DataFrame:
@@ -460,31 +445,11 @@ def _decoded(parts: Sequence[tuple[str, bytes]]) -> pl.DataFrame:
         ) from error
 
 
-def _parquet(frames: Iterable[pl.DataFrame], schema: dict[str, pl.DataType]) -> tuple[bytes, int]:
-    """The parquet file of ``frames``, a row group each, and how many rows it has."""
-    # only what builds features needs pyarrow, not the container that trains
-    from pyarrow import parquet
-
-    oldest, file, rows = pl.CompatLevel.oldest(), BytesIO(), 0
-    columns = pl.DataFrame(schema=schema).to_arrow(compat_level=oldest).schema
-    repeating = [name for name, dtype in schema.items() if dtype == pl.String()]
-    with parquet.ParquetWriter(
-        file, columns, compression="zstd", compression_level=1, use_dictionary=repeating, write_statistics=["timestamp"]
-    ) as writer:
-        for frame in _ahead(frames):
-            writer.write_table(frame.to_arrow(compat_level=oldest))
-            rows += frame.height
-    return file.getvalue(), rows
-
-
-def _ahead(frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
-    """``frames``, each computed while the one before it is in use."""
-    upcoming = iter(frames)
-    with ThreadPoolExecutor(1) as pool:
-        computed = pool.submit(next, upcoming, None)
-        while (frame := computed.result()) is not None:
-            computed = pool.submit(next, upcoming, None)
-            yield frame
+def _parquet(frame: pl.DataFrame) -> bytes:
+    """The features file of ``frame``: the same bytes for the same rows and chunks, whatever the number of threads."""
+    buffer = BytesIO()
+    frame.write_parquet(buffer, compression="zstd", compression_level=1, statistics=False)
+    return buffer.getvalue()
 
 
 def _from(holes: pl.DataFrame, begin: datetime) -> pl.DataFrame:

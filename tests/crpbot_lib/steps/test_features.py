@@ -9,15 +9,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-from pyarrow import parquet
 from typer.testing import CliRunner
 
 from crpbot_lib.cli.features import app
@@ -267,36 +266,19 @@ def test_the_number_of_threads_does_not_show_in_the_bytes(settings: Settings, la
     assert len(hashes) == 1
 
 
-def test_the_file_has_a_row_group_for_each_month(settings: Settings, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_features(settings, lake, ["ETH-USD"], START, END)
-    compute = features.engineer_months
-
-    def shifted(*arguments: Any, **more: Any) -> Any:
-        account, months = compute(*arguments, **more)
-        frame = next(months)
-        return account, iter([frame[:1440], frame[1440:]])
-
-    monkeypatch.setattr(features, "engineer_months", shifted)
-    build_features(settings, lake, plan, "ETH-USD")
-    content = lake.read(keys.features(plan["version"], "ETH-USD"))
-    metadata = parquet.ParquetFile(BytesIO(content)).metadata
-    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [1440, 2880]
-    assert pl.read_parquet(BytesIO(content)).height == 4320
-
-
 def test_a_gated_version_is_not_replaced_by_other_bytes(settings: Settings, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a build with other libraries may give them."""
     plan = plan_features(settings, lake, ["ETH-USD"], START, END)
     build_features(settings, lake, plan, "ETH-USD")
     gate_features(settings, lake, plan)
     gated = {key: lake.read(key) for key in lake.keys("features/")}
-    compute = features.engineer_months
+    compute = features.engineer
 
     def otherwise(*arguments: Any, **more: Any) -> Any:
-        account, months = compute(*arguments, **more)
-        return account, (month.with_columns(pl.col("rsi") * (1 + 1e-6)) for month in months)
+        built = compute(*arguments, **more)
+        return replace(built, frame=built.frame.with_columns(pl.col("rsi") * (1 + 1e-6)))
 
-    monkeypatch.setattr(features, "engineer_months", otherwise)
+    monkeypatch.setattr(features, "engineer", otherwise)
     with pytest.raises(FeatureError, match=rf"ETH-USD: features {plan['version']} have passed the gate with .* is left as it is"):
         build_features(settings, lake, plan, "ETH-USD")
     assert {key: lake.read(key) for key in lake.keys("features/")} == gated
