@@ -26,42 +26,57 @@ Check = tuple[str, pl.Expr, str]
 """A column, where it is wrong (null is nowhere), and what was expected."""
 
 
+class Checks:
+    """What is looked for in a frame."""
+
+    def __init__(self, *checks: Check) -> None:
+        self._checks = checks
+        self._found = [wrong.any().alias(str(number)) for number, (_, wrong, _) in enumerate(checks)]
+
+    def refuse(self, name: str, frame: pl.DataFrame) -> None:
+        """Raises for the first check that finds a row."""
+        for found, (column, wrong, expected) in zip(frame.select_seq(self._found).row(0), self._checks, strict=True):
+            if found:
+                row = frame.select_seq(wrong.fill_null(False).arg_true().first()).item()
+                raise FeatureError(f"{name}, column {column}, row {row}: the value is {frame[column][row]}; {expected}")
+
+
 def check_candles(name: str, frame: pl.DataFrame | None, seconds: int) -> pl.DataFrame:
     """``frame`` with exactly the candle columns, typed; FeatureError names what is wrong, in which column and row (from 0): no
     finite number, no rising time on the grid of ``seconds``, or a candle that cannot be (``candle_rules``)."""
     frame = _typed(name, frame, CANDLE_COLUMNS, CANDLE_COLUMNS[:1])
-    _refuse(name, frame, _candle_checks(seconds))
+    _candle_checks(seconds).refuse(name, frame)
     return frame
 
 
 @lru_cache
-def _candle_checks(seconds: int) -> list[Check]:
+def _candle_checks(seconds: int) -> Checks:
     off_grid = pl.col("timestamp").dt.epoch("us") % (seconds * 1_000_000) != 0
-    return [
+    return Checks(
         *((column, ~pl.col(column).is_finite().fill_null(False), "expected a finite number") for column in CANDLE_COLUMNS[1:]),
         *_order("timestamp", strictly=True),
         ("timestamp", off_grid, f"expected a candle's open time, a multiple of {seconds} s"),
         *((column, wrong, f"this is {problem}: no candle") for column, wrong, problem in candle_rules.IMPOSSIBLE),
-    ]
+    )
 
 
 def check_points(name: str, frame: pl.DataFrame | None) -> pl.DataFrame:
     """CoinGecko points with exactly their columns, typed; nulls in the values are allowed, NaN is not."""
     frame = _typed(name, frame, POINT_COLUMNS, POINT_COLUMNS[:2])
-    _refuse(name, frame, _point_checks())
+    _point_checks().refuse(name, frame)
     return frame
 
 
 @lru_cache
-def _point_checks() -> list[Check]:
+def _point_checks() -> Checks:
     early = pl.col("available_at") < pl.col("timestamp")
     finite = "expected a finite number, or null where CoinGecko has none"
-    return [
+    return Checks(
         *((column, ~pl.col(column).is_finite(), finite) for column in POINT_COLUMNS[2:]),
         *_order("timestamp", strictly=True),
         *_order("available_at", strictly=False),
         ("available_at", early, "expected no time before the point's own timestamp"),
-    ]
+    )
 
 
 def check_all_time_highs(value: object) -> list[tuple[float, datetime]]:
@@ -127,7 +142,7 @@ def _typed(name: str, frame: pl.DataFrame | None, columns: Sequence[str], times:
         if column not in times and not dtype.is_numeric() and dtype != pl.Null:
             raise FeatureError(f"{name}, column {column}: the type is {dtype}, expected Float64")
     if any(frame[column].null_count() for column in times):
-        _refuse(name, frame, [(column, pl.col(column).is_null(), "expected a time") for column in times])
+        Checks(*((column, pl.col(column).is_null(), "expected a time") for column in times)).refuse(name, frame)
     types = {column: TIMESTAMP if column in times else pl.Float64() for column in columns}
     frame = frame[list(columns)]
     return frame if frame.schema == types else frame.cast(types)  # type: ignore[arg-type]
@@ -139,12 +154,3 @@ def _order(column: str, *, strictly: bool) -> list[Check]:
     if strictly:
         checks.append((column, pl.col(column) == before, "expected each time once, this row repeats the one above it"))
     return checks
-
-
-def _refuse(name: str, frame: pl.DataFrame, checks: Sequence[Check]) -> None:
-    """Raises for the first of ``checks`` that finds a row."""
-    found = frame.select_seq(wrong.any().alias(str(i)) for i, (_, wrong, _) in enumerate(checks))
-    for one, (column, wrong, expected) in zip(found.row(0), checks, strict=True):
-        if one:
-            row = frame.select_seq(wrong.fill_null(False).arg_true().first()).item()
-            raise FeatureError(f"{name}, column {column}, row {row}: the value is {frame[column][row]}; {expected}")

@@ -19,6 +19,7 @@ from crpbot_lib.features.feature import (
     Feature,
     Stage,
     ema,
+    microseconds,
     percent_change,
     population_std,
     rsi,
@@ -142,7 +143,7 @@ HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
 def _slots(points: pl.DataFrame, every: timedelta) -> npt.NDArray[np.int64]:
     """The number of each point's slot, counted from 1970."""
-    return points["timestamp"].cast(pl.Int64).to_numpy() // (every // timedelta(microseconds=1))
+    return microseconds(points["timestamp"]) // (every // timedelta(microseconds=1))
 
 
 def _on_grid(points: pl.DataFrame, every: timedelta) -> pl.DataFrame:

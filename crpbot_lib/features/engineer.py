@@ -5,8 +5,11 @@ it was known then: candles of any width by their close, CoinGecko points by ``av
 with a value that was not known is dropped.
 
 What is short is computed once for the whole span: holes and segments, the wider bars, CoinGecko's indicators. The minutes are
-computed by calendar months, each with the warm-up before it, so that memory does not grow with the span, and that a month of a long
-run is the same month of another one to the bit, whatever the number of threads.
+computed by calendar months, each with the warm-up before it, so that what is needed on the way does not grow with the span, and
+that a month of a long run is the same month of another one to the bit, whatever the number of threads.
+
+Expressions are evaluated eagerly and one after the other (``select_seq``): a live window is fifty small frames, for which planning
+a lazy query, or waking polars' threads, costs several times the work; two months at once keep two cores busy as well.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from crpbot_lib import config
 from crpbot_lib.config import TIMEFRAME_SECONDS, FeatureGroup
 from crpbot_lib.features import base, candles, catalog, coingecko, multi_timeframe
 from crpbot_lib.features.errors import FeatureError, NoRowError
-from crpbot_lib.features.feature import CLOSES_AFTER, row_of, with_stages
+from crpbot_lib.features.feature import CLOSES_AFTER, AsOf, row_of, with_stages
 
 VALUE = pl.Float32()
 """What a feature is stored as; everything before is computed in Float64."""
@@ -136,14 +139,16 @@ def worst(unknown: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class _Known:
-    """A series that the minutes see from ``decided_at`` on, its features as the file has them, and how long a line of it stands."""
+    """A series that the minutes see from ``known_at`` on, its features as the file has them, and how long a line of it stands."""
 
-    series: pl.DataFrame
+    known_at: pl.Series
+    columns: list[pl.Series]
     max_age: timedelta
 
 
 def _known(series: pl.DataFrame, features: Sequence[str], max_age: timedelta, *others: str) -> _Known:
-    return _Known(series.select_seq(_known_columns(tuple(features), others, VALUE)), max_age)
+    columns = [*(series[name].cast(VALUE) for name in features), *(series[name] for name in others)]
+    return _Known(series["known_at"], columns, max_age)
 
 
 def _months(minutes: pl.DataFrame, first: int, known: Sequence[_Known], groups: tuple[FeatureGroup, ...]) -> list[pl.DataFrame]:
@@ -180,39 +185,34 @@ def _rows(base_rows: pl.DataFrame, known: Sequence[_Known], groups: tuple[Featur
     """The columns of the file; null where a value was not known."""
     rows = base_rows
     for one in known:
-        rows = rows.join_asof(one.series, on="decided_at", strategy="backward", tolerance=one.max_age)
+        stands = AsOf(base_rows["decided_at"], one.known_at, one.max_age)
+        rows = rows.hstack([stands.take(column) for column in one.columns])
     if "multi_timeframe" in groups:
         rows = multi_timeframe.prepare(rows).with_columns_seq(_alignment_columns(VALUE))
-    return rows[[*catalog.EXCLUDED, *catalog.names(groups)]]
-
-
-@lru_cache
-def _known_columns(features: tuple[str, ...], others: tuple[str, ...], dtype: pl.DataType) -> list[pl.Expr]:
-    return [pl.col("known_at").alias("decided_at"), *(_value(pl.col(f), dtype).alias(f) for f in features), *map(pl.col, others)]
+    names = catalog.names(groups)
+    # a division by zero is no knowledge
+    infinite = [name for name in names if not np.isfinite(rows[name].to_numpy()).all()]
+    if infinite:
+        rows = rows.with_columns_seq(pl.when(pl.col(name).is_finite()).then(pl.col(name)) for name in infinite)
+    return rows[[*catalog.EXCLUDED, *names]]
 
 
 @lru_cache
 def _base_columns(groups: tuple[FeatureGroup, ...], dtype: pl.DataType) -> list[pl.Expr]:
-    widths = (pl.col("1m_sign"), _value(base.ATR_PERCENTILE, dtype)) if "multi_timeframe" in groups else ()
+    widths = (pl.col("1m_sign"), base.ATR_PERCENTILE.cast(dtype)) if "multi_timeframe" in groups else ()
     return [
         *(pl.col(name) for name in _CARRIED),
         *widths,
         (pl.col("timestamp") + CLOSES_AFTER).alias("decided_at"),
         base.SESSION.alias("session"),
         base.VOLATILITY_REGIME.alias("volatility_regime"),
-        *(_value(f.expr, dtype).alias(f.name) for f in base.FEATURES),
+        *(f.expr.cast(dtype).alias(f.name) for f in base.FEATURES),
     ]
 
 
 @lru_cache
 def _alignment_columns(dtype: pl.DataType) -> list[pl.Expr]:
-    return [_value(f.expr, dtype).alias(f.name) for f in multi_timeframe.ALIGNMENT]
-
-
-def _value(expr: pl.Expr, dtype: pl.DataType) -> pl.Expr:
-    """A value as the file has it: float32, and null for what is not a finite number (a division by zero is no knowledge)."""
-    value = expr.cast(dtype)
-    return pl.when(value.is_finite()).then(value)
+    return [f.expr.cast(dtype).alias(f.name) for f in multi_timeframe.ALIGNMENT]
 
 
 def _month_begins(first: datetime, last: datetime) -> Iterator[datetime]:

@@ -11,7 +11,7 @@ import polars as pl
 
 from crpbot_lib.config import TIMEFRAME_SECONDS, Timeframe
 from crpbot_lib.features.errors import FeatureError
-from crpbot_lib.features.feature import CLOSES_AFTER, Feature, row_of, steps
+from crpbot_lib.features.feature import CLOSES_AFTER, AsOf, Feature, row_of, steps
 
 WIDTHS: tuple[Timeframe, ...] = ("5m", "15m", "1h")
 OHLCV = ("open", "high", "low", "close", "volume")
@@ -96,7 +96,6 @@ def prepare(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 CLOSE, OWN, SILENT, LAST_CLOSE, FILLED_CLOSE = (pl.col(c) for c in ("close", "own", "silent", "last_close", "filled_close"))
-_OWN_CLOSE = (pl.col("timestamp").alias("last_minute"), CLOSE.alias("own"))
 _MISSING, _TRADED = CLOSE.is_null(), OWN.is_not_null()
 _SILENCE = (
     (_MISSING & ~_TRADED).alias("silent"),
@@ -112,11 +111,6 @@ _FILLED = (
 @functools.cache
 def _width(width: Timeframe) -> timedelta:
     return timedelta(seconds=TIMEFRAME_SECONDS[width])
-
-
-@functools.cache
-def _last_minute(width: Timeframe) -> pl.Expr:
-    return (pl.col("timestamp") + (_width(width) - CLOSES_AFTER)).alias("last_minute")
 
 
 @functools.cache
@@ -138,16 +132,17 @@ def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.Da
     is unknown: null, and so is every value that needs it.
     """
     every = _width(width)
+    before_last = every - CLOSES_AFTER
     # the grid ends with the last bar closed by the last decision: a later one can never be used
     decided = minutes["timestamp"][-1] + CLOSES_AFTER
     last = decided - timedelta(seconds=decided.timestamp() % every.total_seconds()) - every
-    grid = steps(served["timestamp"][0], last, every)
+    first = served["timestamp"][0]
+    grid = steps(first, last, every)
     whole = len(grid) == served.height and served["timestamp"][-1] == last
     on = served if whole else grid.to_frame().join(served, on="timestamp", how="left", maintain_order="left")
-    joined = on.with_columns_seq(_last_minute(width)).join_asof(
-        minutes.select_seq(_OWN_CLOSE), on="last_minute", tolerance=every - CLOSES_AFTER
-    )
-    return joined.with_columns_seq(_SILENCE).with_columns_seq(_FILLED).select_seq(_bar_columns(width))
+    last_minutes = steps(first + before_last, last + before_last, every)
+    own = AsOf(last_minutes, minutes["timestamp"], before_last).take(minutes["close"]).alias("own")
+    return on.with_columns(own).with_columns_seq(_SILENCE).with_columns_seq(_FILLED).select_seq(_bar_columns(width))
 
 
 def compare_with_minutes(width: Timeframe, bars: pl.DataFrame, first: datetime) -> dict[str, int]:
