@@ -45,7 +45,10 @@ class AsOf:
 
     def __init__(self, at: pl.Series, known_at: pl.Series, max_age: timedelta) -> None:
         asked, known = microseconds(at), microseconds(known_at)
-        line = np.searchsorted(known, asked, side="right") - 1
+        # of the lines that matter here, each stands from its first time to that of the next one
+        first, last = (int(np.searchsorted(known, end, side="right")) - 1 for end in (asked[0], asked[-1]))
+        begins = np.searchsorted(asked, known[max(first, 0) : last + 1])
+        line = np.repeat(np.arange(max(first, 0) - 1, last + 1), np.diff(begins, prepend=0, append=len(asked)))
         self._line = np.maximum(line, 0)
         unknown = line < 0
         if len(known):
@@ -56,10 +59,9 @@ class AsOf:
         """Of ``column`` (floats of the lines, null where one has none) the value that stands at each time; null where none does."""
         values = column.to_numpy()
         if self._unknown is None:
-            taken = values[self._line]
-        else:
-            taken = np.full(len(self._line), np.nan, values.dtype)
-            taken[~self._unknown] = values[self._line[~self._unknown]]
+            return pl.Series(column.name, values[self._line], nan_to_null=column.null_count() > 0)
+        taken = np.full(len(self._line), np.nan, values.dtype)
+        taken[~self._unknown] = values[self._line[~self._unknown]]
         return pl.Series(column.name, taken, nan_to_null=True)
 
 

@@ -433,7 +433,8 @@ def _series(symbol: Symbol, inputs: Sequence[_Input], contents: Sequence[bytes],
 def _decoded(parts: Sequence[tuple[str, bytes]]) -> pl.DataFrame:
     """The partitions of one series, one under the other."""
     try:
-        return pl.read_parquet([content for _, content in parts])
+        # a chunk a partition would be rechunked by every column that is computed from it
+        return pl.read_parquet([content for _, content in parts]).rechunk()
     except pl.exceptions.PolarsError as error:
         for key, content in parts:
             try:
