@@ -46,9 +46,10 @@ class AsOf:
     def __init__(self, at: pl.Series, known_at: pl.Series, max_age: timedelta) -> None:
         asked, known = microseconds(at), microseconds(known_at)
         # of the lines that matter here, each stands from its first time to that of the next one
-        first, last = (int(np.searchsorted(known, end, side="right")) - 1 for end in (asked[0], asked[-1]))
-        begins = np.searchsorted(asked, known[max(first, 0) : last + 1])
-        line = np.repeat(np.arange(max(first, 0) - 1, last + 1), np.diff(begins, prepend=0, append=len(asked)))
+        first, end = np.searchsorted(known, asked[[0, -1]], side="right").tolist() if len(asked) else (0, 0)
+        first = max(first - 1, 0)
+        begins = np.searchsorted(asked, known[first:end])
+        line = np.repeat(np.arange(first - 1, end), np.diff(begins, prepend=0, append=len(asked)))
         self._line = np.maximum(line, 0)
         unknown = line < 0
         if len(known):
