@@ -27,6 +27,15 @@ from crpbot_lib.runtime import RuntimeRefusedError
 from crpbot_lib.training import TrainingError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+SymbolNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--symbols",
+        "--symbol",
+        metavar="NAME,…",
+        help="Symbols of the configuration, separated by commas or given again and again. Without it: all of them.",
+    ),
+]
 
 EXPECTED = (
     RegistryError,
@@ -49,6 +58,11 @@ def day(value: str) -> date:
         return datetime.strptime(value, "%Y-%m-%d").replace(tzinfo=UTC).date()
     except ValueError:
         raise typer.BadParameter(f"{value!r} is not a day; write it as 2025-05-05") from None
+
+
+def named_symbols(given: list[str] | None) -> list[str]:
+    """The names of a ``SymbolNames`` option, each once, in their order; empty where none is given."""
+    return list(dict.fromkeys(name.strip() for text in given or [] for name in text.split(",") if name.strip()))
 
 
 def open_lake() -> tuple[Settings, Lake]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from datetime import date, timedelta
 from itertools import groupby
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crpbot_lib.cli.common import AsJson, clear_errors, day, meter, open_lake, show_table
+from crpbot_lib.cli.common import AsJson, SymbolNames, clear_errors, day, meter, named_symbols, open_lake, show_table
 from crpbot_lib.config import Settings, Timeframe
 from crpbot_lib.steps import ingest, quality
 from crpbot_lib.steps.partitions import Refetch
@@ -23,9 +22,6 @@ fetch = typer.Typer(help="Fetch market data into the lake.", no_args_is_help=Tru
 Start = Annotated[date, typer.Option(parser=day, metavar="YYYY-MM-DD", help="First UTC day.")]
 End = Annotated[date, typer.Option(parser=day, metavar="YYYY-MM-DD", help="UTC day after the last one.")]
 SymbolName = Annotated[str, typer.Option(help="A symbol of the configuration, e.g. BTC-USD.")]
-SymbolNames = Annotated[
-    list[str] | None, typer.Option("--symbol", help="A symbol of the configuration; may be repeated. Without it: all of them.")
-]
 OneTimeframe = Annotated[Timeframe, typer.Option(help="Width of the candles.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched, in how many requests; fetch nothing.")]
 
@@ -89,7 +85,7 @@ def fetch_coingecko(
 def fetch_all(
     start: Start,
     end: End,
-    symbol: SymbolNames = None,
+    symbols: SymbolNames = None,
     refetch: Annotated[
         Refetch, typer.Option(help="absent: what is not there; incomplete: also what lacks rows; all: everything again.")
     ] = "absent",
@@ -102,14 +98,14 @@ def fetch_all(
     Nothing stored is lost: where a source now serves less, the partition is kept."""
     with clear_errors():
         config, lake = open_lake()
-        symbols = _symbols(config, symbol)
+        names = _symbols(config, symbols)
         # of all symbols before the first request: a wrong one must not be found out after hours
-        plan = ingest.plan_load(config, lake, symbols, start, end, refetch=refetch if dry_run else "all")
+        plan = ingest.plan_load(config, lake, names, start, end, refetch=refetch if dry_run else "all")
         if dry_run:
             _show_plan(plan, as_json)
             return
         with meter() as progress:
-            loaded = {name: ingest.load(config, lake, name, start, end, refetch=refetch, progress=progress) for name in symbols}
+            loaded = {name: ingest.load(config, lake, name, start, end, refetch=refetch, progress=progress) for name in names}
         text = "\n".join(
             f"{name}: {done['fetched']} partitions fetched, {done['present']} there; {done['rows']} rows, {done['missing']} absent"
             + _outcomes(done["outcomes"], "fetched")
@@ -122,7 +118,7 @@ def fetch_all(
 def fetch_heal(
     start: Start,
     end: End,
-    symbol: SymbolNames = None,
+    symbols: SymbolNames = None,
     every: Annotated[bool, typer.Option("--every", help="Also days that lack only minutes in which nobody traded.")] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -134,12 +130,12 @@ def fetch_heal(
     Afterwards `crpbot gaps` renews the record."""
     with clear_errors():
         config, lake = open_lake()
-        symbols = _symbols(config, symbol)
+        names = _symbols(config, symbols)
         if dry_run:
-            _show_plan(ingest.plan_heal(config, lake, symbols, start, end, every=every), as_json)
+            _show_plan(ingest.plan_heal(config, lake, names, start, end, every=every), as_json)
             return
         with meter() as progress:
-            healed = ingest.heal(config, lake, symbols, start, end, every=every, progress=progress)
+            healed = ingest.heal(config, lake, names, start, end, every=every, progress=progress)
         if as_json:
             typer.echo(json.dumps(healed))
             return
@@ -160,17 +156,17 @@ def fetch_heal(
 def coverage(
     start: Start,
     end: End,
-    symbol: SymbolNames = None,
+    symbols: SymbolNames = None,
     timeframe: Annotated[list[str] | None, typer.Option(help="1m, 5m, 15m or 1h; may be repeated. Without it: 1m.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what the lake has of the candles of the UTC days [start, end): a month a row, a day a cell, then the incomplete days."""
     with clear_errors():
         config, lake = open_lake()
-        wanted = [(name, tf) for name in _symbols(config, symbol) for tf in timeframe or ["1m"]]
+        wanted = [(name, tf) for name in _symbols(config, symbols) for tf in timeframe or ["1m"]]
         summaries = [quality.coverage(config, lake, name, tf, start, end) for name, tf in wanted]
         if as_json:
-            one = symbol is not None and len(summaries) == 1
+            one = symbols is not None and len(summaries) == 1
             typer.echo(json.dumps(summaries[0] if one else summaries))
             return
         for summary in summaries:
@@ -179,14 +175,14 @@ def coverage(
             typer.echo(f"{summary['rows']} rows, {summary['missing']} missing, {summary['absent']} days not fetched\n")
 
 
-def gaps(start: Start, end: End, symbol: SymbolNames = None, as_json: AsJson = False) -> None:
+def gaps(start: Start, end: End, symbols: SymbolNames = None, as_json: AsJson = False) -> None:
     """Tell the minutes without a candle in the UTC days [start, end) as outage or no trade, and keep the record in the lake.
 
     All symbols are compared and recorded, since an outage shows in all at once;
-    --symbol says which are shown."""
+    --symbols says which are shown."""
     with clear_errors():
         config, lake = open_lake()
-        summary = quality.gaps(config, lake, _symbols(config, symbol), start, end)
+        summary = quality.gaps(config, lake, _symbols(config, symbols), start, end)
         record = [gap for gap in quality.read_gaps(lake, start, end) if gap["symbol"] in summary["symbols"]]
         if as_json:
             typer.echo(json.dumps({**summary, "gaps": record}))
@@ -205,14 +201,14 @@ def gaps(start: Start, end: End, symbol: SymbolNames = None, as_json: AsJson = F
             )
 
 
-def check(start: Start, end: End, symbol: SymbolNames = None, as_json: AsJson = False) -> None:
+def check(start: Start, end: End, symbols: SymbolNames = None, as_json: AsJson = False) -> None:
     """Judge the stored candles of the UTC days [start, end).
 
     Whether they can be true, whether the 5m, 15m and 1h candles are what the minutes add
     up to, and what looks frozen or like a spike. Fails where a partition is broken."""
     with clear_errors():
         config, lake = open_lake()
-        reports = [quality.report(config, lake, name, start, end) for name in _symbols(config, symbol)]
+        reports = [quality.report(config, lake, name, start, end) for name in _symbols(config, symbols)]
         if as_json:
             typer.echo(json.dumps(reports))
             return
@@ -227,9 +223,9 @@ def check(start: Start, end: End, symbol: SymbolNames = None, as_json: AsJson = 
         show_table(table)
 
 
-def _symbols(config: Settings, named: Sequence[str] | None) -> list[str]:
+def _symbols(config: Settings, named: list[str] | None) -> list[str]:
     """The symbols of the command line, each once; all of the configuration where none is named."""
-    return [config.symbol(name).name for name in dict.fromkeys(named or [])] or [s.name for s in config.symbols]
+    return [config.symbol(name).name for name in named_symbols(named)] or [s.name for s in config.symbols]
 
 
 def _heat_map(summary: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from crpbot_lib.cli.common import AsJson, clear_errors, day, open_lake, show_table
+from crpbot_lib.cli.common import AsJson, SymbolNames, clear_errors, day, named_symbols, open_lake, show_table
 from crpbot_lib.config import settings
 from crpbot_lib.features import catalog, dictionary
 from crpbot_lib.features.runtime import check_flags
@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, help="Features: build, verify, explain."
 def build(
     start: Annotated[date, typer.Option(parser=day, metavar="YYYY-MM-DD", help="first UTC day")],
     end: Annotated[date, typer.Option(parser=day, metavar="YYYY-MM-DD", help="UTC day after the last one")],
-    symbols: Annotated[str, typer.Option(help="symbols, separated by commas; without it all that are configured")] = "",
+    symbols: SymbolNames = None,
     use_coingecko_premium: Annotated[
         bool | None, typer.Option(help="must agree with the symbols' catalogs; changes nothing")
     ] = None,
@@ -32,7 +32,7 @@ def build(
     """Plan, build and gate one version of the features of the UTC days [start, end)."""
     with clear_errors():
         config, lake = open_lake()
-        names = [s.strip() for s in symbols.split(",") if s.strip()] or [s.name for s in config.symbols]
+        names = named_symbols(symbols) or [s.name for s in config.symbols]
         _check_mission_flags(names, include_multi_tf, use_coingecko_premium)
         plan = steps.plan_features(config, lake, names, start, end)
         built = [steps.build_features(config, lake, plan, name) for name in names]

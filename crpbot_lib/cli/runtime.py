@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from crpbot_lib.cli.common import AsJson, clear_errors, open_lake
+from crpbot_lib.cli.common import AsJson, SymbolNames, clear_errors, named_symbols, open_lake
 from crpbot_lib.config import Settings
 from crpbot_lib.runtime import run
 
@@ -39,7 +39,7 @@ def runtime(
     iterations: Annotated[int, typer.Option(min=1, help="Rounds of one decision per symbol, one a minute.")] = 5,
     model: Annotated[str | None, typer.Option(help="Dry-run this version instead of the champions.")] = None,
     at: At = None,
-    symbols: Annotated[str | None, typer.Option(help="Comma-separated; default: all that the models cover.")] = None,
+    symbols: SymbolNames = None,
     as_json: AsJson = False,
 ) -> None:
     """Decide once a minute per symbol. Exits 1 when predictions are stuck, 0 otherwise."""
@@ -51,7 +51,7 @@ def runtime(
             mode.value,
             iterations,
             model,
-            symbols=[s.strip() for s in symbols.split(",")] if symbols else None,
+            symbols=named_symbols(symbols) or None,
             emit=(lambda line: typer.echo(line, err=True)) if as_json else typer.echo,
         )
     if as_json:

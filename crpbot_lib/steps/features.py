@@ -436,13 +436,20 @@ def _decoded(parts: Sequence[tuple[str, bytes]]) -> pl.DataFrame:
         # a chunk a partition would be rechunked by every column that is computed from it
         return pl.read_parquet([content for _, content in parts]).rechunk()
     except pl.exceptions.PolarsError as error:
+        found: dict[tuple[tuple[str, str], ...], list[str]] = {}
         for key, content in parts:
             try:
-                pl.read_parquet(BytesIO(content))
+                columns = pl.read_parquet(BytesIO(content)).schema
             except pl.exceptions.PolarsError as broken:
                 raise UnreadableError(f"{key} is not a readable parquet file ({broken}); delete it and fetch it again") from broken
+            found.setdefault(tuple((name, str(dtype)) for name, dtype in columns.items()), []).append(key)
+        if len(found) == 1:
+            raise
+        (usual, most), *_, (columns_of_few, few) = sorted(found.items(), key=lambda item: -len(item[1]))
+        apart = ", ".join(f"{name} {dtype}" for name, dtype in columns_of_few if (name, dtype) not in usual)
         raise UnreadableError(
-            f"{parts[0][0]} and its neighbours do not have the same columns ({error}); fetch them again"
+            f"{few[0]} has other columns than {len(most)} partitions of its series ({apart or 'fewer, or in another order'}); "
+            "delete it and fetch it again"
         ) from error
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 from crpbot_lib.cli.features import app
 from crpbot_lib.config import FeatureSettings, Settings
 from crpbot_lib.features import FeatureError, catalog
-from crpbot_lib.lake import Lake, keys
+from crpbot_lib.lake import Lake, UnreadableError, keys
 from crpbot_lib.steps import features
 from crpbot_lib.steps.features import (
     CoinGeckoPlaceholderError,
@@ -212,6 +213,37 @@ def test_a_history_that_begins_late_needs_a_dated_record(lake: Lake) -> None:
     plan = plan_features(recorded, lake, ["SOL-USD"], START, END)
     build_features(recorded, lake, plan, "SOL-USD")
     assert lake.read_frame(keys.features(plan["version"], "SOL-USD"))["days_since_ath"][-1] == pytest.approx(123)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "is not a readable parquet file"),
+        (lambda _: b"", "is not a readable parquet file"),
+        (
+            lambda data: _bytes(pl.read_parquet(BytesIO(data)).rename({"close": "last"})),
+            r"has other columns than 3 partitions of its series \(last Float64\)",
+        ),
+        (
+            lambda data: _bytes(pl.read_parquet(BytesIO(data)).drop("volume")),
+            r"has other columns .* \(fewer, or in another order\)",
+        ),
+    ],
+    ids=["half", "empty", "renamed", "fewer"],
+)
+def test_a_spoilt_partition_is_named(settings: Settings, lake: Lake, spoil: Callable[[bytes], bytes], message: str) -> None:
+    key = keys.candles("1m", "ETH-USD", START + DAY)
+    lake.write(key, spoil(lake.read(key)))
+    plan = plan_features(settings, lake, ["ETH-USD"], START, END)
+    with pytest.raises(UnreadableError, match=f"{re.escape(key)} {message}.*; delete it and fetch it again"):
+        build_features(settings, lake, plan, "ETH-USD")
+    assert not lake.keys("features/")
+
+
+def _bytes(frame: pl.DataFrame) -> bytes:
+    buffer = BytesIO()
+    frame.write_parquet(buffer)
+    return buffer.getvalue()
 
 
 def test_a_hole_that_spans_the_interval_s_first_midnight_is_listed_from_there(settings: Settings, lake: Lake) -> None:
