@@ -15,12 +15,14 @@ export AWS_EC2_METADATA_DISABLED := true
 
 setup: $(STAMP)
 
-$(STAMP): requirements/environment.lock pyproject.toml
+$(STAMP): requirements/environment.lock pyproject.toml infra/package-lock.json
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/environment.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch==$(TORCH_VERSION)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	@# the simulator of IAM policies, for tests alone; they say what is missing if this did not work
+	npm ci --prefix infra --no-audit --no-fund --loglevel=error || echo "no simulator: the tests of IAM policies will say so"
 	touch $(STAMP)
 
 demo: setup
@@ -64,4 +66,4 @@ lock: setup
 	$(COMPILE) --extra torch --extra data --extra cli --extra airflow --extra sandbox -c requirements/environment.lock -o requirements/airflow.lock
 
 clean:
-	rm -rf $(VENV) .crpbot build *.egg-info
+	rm -rf $(VENV) .crpbot build *.egg-info infra/node_modules
