@@ -128,19 +128,22 @@ def job_succeeded(lake: Lake, run: str) -> bool:
 
 
 def clear_status(lake: Lake, run: str) -> None:
-    """Takes back the last word of the run's earlier job, so that the run is trained anew. For a deliberate repetition.
+    """Takes back the last word of the run's earlier job. For a deliberate repetition.
 
-    The status of a job that may still be at work stays: without it the job would look as if it had never begun.
+    What had succeeded is trained anew; what was interrupted or had failed is gone on with. The status of a job that may still be
+    at work stays: without it the job would look as if it had never begun.
     """
     key = keys.training_run(run, "status.json")
     try:
-        state = lake.read_json(key).get("state")
+        status = lake.read_json(key)
     except KeyMissingError:
         return
-    if state in _ENDS:
+    if (state := status.get("state")) in _ENDS:
+        # the job builds on nothing that an earlier generation than this one left
+        since = int(status.get("generation", 0)) + 1 if state == "succeeded" else status.get("since", 0)
         # generation 0 is nobody's; the other fields are those that a reader of any status expects
         cleared = {"run": run, "state": "cleared", "generation": 0, "error": None, "permanent": False, "symbols": {}}
-        lake.write_json(key, cleared)
+        lake.write_json(key, {**cleared, "since": since})
 
 
 def _status(lake: Lake, run: str, generation: int) -> dict[str, Any] | None:

@@ -61,8 +61,22 @@ def launch(run: str, generation: int) -> str:
 
 
 def run_symbol(run: str, symbol: str, name: str) -> str:
-    """A file that training wrote for one symbol: ``model.pt``, ``metrics.json``, ``status.json``."""
+    """A file that training wrote for one symbol: ``model.pt``, ``metrics.json``."""
     return training_run(run, f"{symbol}/{name}")
+
+
+CHECKPOINT_SLOTS = ("checkpoint", "checkpoint-2")
+"""Written in turn, so that the writer's death never touches the last good one."""
+
+
+def checkpoint(run: str, symbol: str, slot: str) -> str:
+    """The state of a training between two steps, in one of ``CHECKPOINT_SLOTS``; valid with its ``checkpoint_note`` alone."""
+    return run_symbol(run, symbol, f"{slot}.pt")
+
+
+def checkpoint_note(run: str, symbol: str, slot: str) -> str:
+    """What the checkpoint beside it is, its sha256 among it; written after it."""
+    return run_symbol(run, symbol, f"{slot}.json")
 
 
 def model(prefix: str, version: str, name: str = "") -> str:

@@ -1,8 +1,8 @@
 """``python -m crpbot_lib.training``: the container's entry point.
 
 Environment: ``CRPBOT_LAKE`` (the lake's address), ``CRPBOT_RUN`` (the run whose ``job.json`` to follow),
-``CRPBOT_GENERATION`` (the instance's number within the run), AWS's own variables.
-Exit status: 0 succeeded, 1 failed (a retry may help), 65 failed for good, 75 interrupted by SIGTERM.
+``CRPBOT_GENERATION`` (the instance's number within the run), AWS's own variables, those of the metadata service among them.
+Exit status: 0 succeeded, 1 failed (a retry may help), 65 failed for good, 75 interrupted by SIGTERM or a spot notice.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from types import FrameType
@@ -19,15 +20,19 @@ from crpbot_lib.config import settings
 from crpbot_lib.lake import Lake
 from crpbot_lib.training import job
 from crpbot_lib.training.errors import TrainingError
+from crpbot_lib.training.notices import Interrupted, MetadataPoller, Notices, endpoint
 
 EXIT_FAILED, EXIT_PERMANENT, EXIT_INTERRUPTED = 1, 65, 75
+LONGEST_STOP_SECONDS = 60.0
+"""A spot notice comes 120 s before the end; what has not stopped in order by half of it hangs, and is ended as it stands."""
 logger = logging.getLogger(__name__)
 
 
-def _on_sigterm(number: int, _frame: FrameType | None) -> None:
-    # a second signal must not interrupt the writing of the final status
-    signal.signal(number, signal.SIG_IGN)
-    raise job.Interrupted
+def _stop_in_time(notices: Notices) -> None:
+    notices.wait()
+    time.sleep(LONGEST_STOP_SECONDS)
+    logger.error("told to end %.0f s ago and not done: ending now, the last written checkpoint counts", LONGEST_STOP_SECONDS)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def main() -> int:
@@ -39,10 +44,20 @@ def main() -> int:
     if not run_id or not settings().lake:
         logger.error("CRPBOT_LAKE and CRPBOT_RUN must both be set: where the lake is, and which run's job.json to follow")
         return EXIT_PERMANENT
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    notices = Notices()
+
+    def on_sigterm(number: int, _frame: FrameType | None) -> None:
+        # a second signal must not meet the first one's flags half set
+        signal.signal(number, signal.SIG_IGN)
+        notices.end("SIGTERM: the process was told to end")
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    threading.Thread(target=_stop_in_time, args=(notices,), name="stop-in-time", daemon=True).start()
+    if address := endpoint(os.environ):
+        MetadataPoller(address, notices).start()
     try:
-        job.run(Lake(settings().lake), run_id, int(os.environ.get("CRPBOT_GENERATION", "0")))
-    except job.Interrupted:
+        job.run(Lake(settings().lake), run_id, int(os.environ.get("CRPBOT_GENERATION", "0")), notices=notices)
+    except Interrupted:
         return EXIT_INTERRUPTED
     except TrainingError as error:
         return EXIT_PERMANENT if error.permanent else EXIT_FAILED

@@ -1,4 +1,4 @@
-"""What the container does: check the machine, check the features, train every symbol, store the models.
+"""What the container does: check the machine, check the features, train every symbol that is not trained yet, store the models.
 
 Knows nothing of Airflow or EC2. torch is imported when the job runs, not when this module is.
 """
@@ -11,6 +11,7 @@ import logging
 import shutil
 import subprocess
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -21,37 +22,41 @@ from crpbot_lib.lake import KeyMissingError, Lake, keys
 from crpbot_lib.training import dataset, evaluation
 from crpbot_lib.training.config import FeatureFile, JobSpec
 from crpbot_lib.training.errors import PermanentTrainingError
+from crpbot_lib.training.notices import Interrupted, Notices
 from crpbot_lib.training.smoke import ModelLog
+from crpbot_lib.training.spec import read_status
 from crpbot_lib.training.status import HEARTBEAT_SECONDS, StatusFile
 
 if TYPE_CHECKING:
     import torch
 
+    from crpbot_lib.training.resume import Checkpoints
+
 logger = logging.getLogger(__name__)
 
 
-class Interrupted(BaseException):
-    """The process was told to end (SIGTERM). No Exception: nothing on the way may take it for an ordinary failure."""
-
-
-def run(lake: Lake, run_id: str, generation: int = 0, heartbeat: float = HEARTBEAT_SECONDS) -> None:
+def run(lake: Lake, run_id: str, generation: int = 0, heartbeat: float = HEARTBEAT_SECONDS, notices: Notices | None = None) -> None:
     """Runs the job ``training-runs/<run_id>/job.json`` to its end and leaves its status in the lake.
 
     ``generation`` counts the run's instances; the status carries it, so that an earlier instance's last word is not taken for
-    this one's.
-    Raises what made it fail (PermanentTrainingError where a retry would repeat it) after the status says so.
+    this one's. What earlier ones have finished is kept, and what they have begun is gone on with.
+    Raises what made it fail (PermanentTrainingError where a retry would repeat it), and Interrupted when ``notices`` told it to
+    end, after the status says so.
     """
+    notices = notices or Notices()
     status, log = StatusFile(lake, run_id, generation), ModelLog(logger, smoke=False)
     try:
         spec = read_spec(lake, run_id)
         log = ModelLog(logger, spec.smoke)
-        status = StatusFile(lake, run_id, generation, spec.symbols, spec.smoke)
+        # a run that was begun anew on purpose says from which generation on its work counts; every later status repeats it
+        since = int((read_status(lake, run_id) or {}).get("since", 0))
+        status = StatusFile(lake, run_id, generation, spec.symbols, spec.smoke, since=since)
         status.start(heartbeat)
-        _train_all(lake, spec, status, log)
+        _train_all(lake, spec, generation, since, status, log, notices)
         status.finish("succeeded")
-    except Interrupted:
-        log.warning("run %s: told to end (SIGTERM), stopping", run_id)
-        status.finish("interrupted", "the process was told to end (SIGTERM) before the training was done")
+    except Interrupted as interruption:
+        log.warning("run %s interrupted: %s", run_id, interruption)
+        status.finish("interrupted", str(interruption))
         raise
     except Exception as error:
         permanent = bool(getattr(error, "permanent", False))
@@ -74,14 +79,22 @@ def read_spec(lake: Lake, run_id: str) -> JobSpec:
     return spec
 
 
-def _train_all(lake: Lake, spec: JobSpec, status: StatusFile, log: ModelLog) -> None:
+def _train_all(lake: Lake, spec: JobSpec, generation: int, since: int, status: StatusFile, log: ModelLog, notices: Notices) -> None:
+    from crpbot_lib.training.resume import Checkpoints
+
     started = time.monotonic()
     log.info("run %s: %s on features version %s, image %s", spec.run, ", ".join(spec.symbols), spec.feature_version, spec.image)
     device, gpu = select_device(spec.smoke, log)
     status.gpu(gpu)
     for symbol in spec.symbols:
-        status.symbol(symbol, state="running")
-        metrics = _train_symbol(lake, spec, symbol, device, gpu, status, log)
+        notices.check()
+        checkpoints = Checkpoints(lake, spec, symbol, generation, since)
+        metrics = checkpoints.finished()
+        if metrics is not None:
+            log.info("%s: trained by generation %s already, its model is kept", symbol, metrics["generation"])
+        else:
+            status.symbol(symbol, state="running")
+            metrics = _train_symbol(lake, spec, symbol, generation, device, gpu, checkpoints, status, log, notices)
         status.symbol(symbol, state="succeeded", accuracy=metrics["accuracy"], seconds=metrics["seconds"])
     log.info("run %s: %d models in %.1f s", spec.run, len(spec.symbols), time.monotonic() - started)
 
@@ -156,13 +169,24 @@ def _train_symbol(
     lake: Lake,
     spec: JobSpec,
     symbol: str,
+    generation: int,
     device: torch.device,
     gpu: str | None,
+    checkpoints: Checkpoints,
     status: StatusFile,
     log: ModelLog,
+    notices: Notices,
 ) -> dict[str, Any]:
     from crpbot_lib.training.checkpoint import Checkpoint
-    from crpbot_lib.training.trainer import train
+    from crpbot_lib.training.resume import identity
+    from crpbot_lib.training.trainer import Progress, Snapshot, train
+
+    def report(progress: Progress) -> None:
+        status.symbol(symbol, **asdict(progress))
+
+    def save(snapshot: Snapshot, epoch: int) -> None:
+        if checkpoints.save(snapshot, epoch):
+            status.symbol(symbol, checkpoint_step=snapshot.step)
 
     expected = spec.features[symbol]
     frame = load_features(lake, symbol, expected)
@@ -180,7 +204,8 @@ def _train_symbol(
         data.split,
         ", ".join(f"{name} {count:,}" for name, count in data.counts.items()),
     )
-    trained = train(symbol, data, spec.train, device, log, lambda step, of: status.symbol(symbol, step=step, steps=of))
+    notices.check()
+    trained = train(symbol, data, spec.train, device, log, report, save, notices, checkpoints.newest())
     base_rate = float(data.labels[data.train].mean())
     scores = evaluation.evaluate(trained.validation, data.labels[data.validation], spec.train.horizon, base_rate)
     checkpoint = Checkpoint(
@@ -198,12 +223,12 @@ def _train_symbol(
     metrics: dict[str, Any] = {
         "run": spec.run,
         "symbol": symbol,
+        "generation": generation,
         "smoke": spec.smoke,
         "gpu": gpu,
         "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(trained.seconds, 3),
-        "feature_version": spec.feature_version,
-        "catalog": expected.catalog,
+        **identity(spec, symbol),
         "file_features": expected.features,
         "input_size": checkpoint.input_size,
         "sha256": hashlib.sha256(content).hexdigest(),

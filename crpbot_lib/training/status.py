@@ -21,7 +21,10 @@ def _utc_now() -> datetime:
 
 
 class StatusFile:
-    """Writes the status of one run, at every change and every few seconds. The last state is written once and stays."""
+    """Writes the status of one run, every few seconds. The last state is written once and stays.
+
+    ``since``: the generation from which on the run's work counts; see ``resume``.
+    """
 
     def __init__(
         self,
@@ -30,6 +33,7 @@ class StatusFile:
         generation: int = 0,
         symbols: tuple[str, ...] = (),
         smoke: bool = False,
+        since: int = 0,
         now: Callable[[], datetime] = _utc_now,
     ) -> None:
         self._lake, self._key, self._now = lake, keys.training_run(run, "status.json"), now
@@ -41,6 +45,7 @@ class StatusFile:
         self._content: dict[str, Any] = {
             "run": run,
             "generation": generation,
+            "since": since,
             "state": "running",
             "started": now().isoformat(),
             "error": None,
@@ -62,7 +67,11 @@ class StatusFile:
             self._content["gpu"] = name
 
     def symbol(self, symbol: str, **fields: Any) -> None:
-        """Updates one symbol's entry; the next heartbeat carries it."""
+        """Updates one symbol's entry; the next heartbeat carries it.
+
+        While a symbol is in training: ``epoch``, ``epochs``, ``step``, ``steps``, ``loss``, ``eta_seconds`` (of this symbol) and
+        ``checkpoint_step``, the last that a checkpoint was written at.
+        """
         with self._lock:
             self._content["symbols"][symbol] = {**self._content["symbols"].get(symbol, {}), **fields}
 

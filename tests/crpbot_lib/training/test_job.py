@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,13 +25,7 @@ from crpbot_lib.training import job as training_job
 from crpbot_lib.training.checkpoint import Checkpoint, CheckpointError
 
 SYMBOLS = ("BTC-USD", "ETH-USD")
-
-
-def respec(spoiled: Any, **changes: Any) -> JobSpec:
-    """The job of a copied lake, changed and written back."""
-    spec = training_job.read_spec(spoiled.lake, spoiled.run).model_copy(update=changes)
-    training.write_job(spoiled.lake, spec)
-    return spec
+Respec = Callable[..., JobSpec]
 
 
 def status_of(trained: Any) -> dict[str, Any]:
@@ -74,7 +66,7 @@ def test_the_three_counts_are_one(trained_lake: Any) -> None:
 
 
 def test_every_line_of_a_smoke_job_says_so_and_the_counts_are_logged(
-    features_lake: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    features_lake: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, respec: Respec
 ) -> None:
     own = features_lake.copy(tmp_path)
     respec(own, symbols=("ETH-USD",))
@@ -87,7 +79,7 @@ def test_every_line_of_a_smoke_job_says_so_and_the_counts_are_logged(
     assert "SMOKE ETH-USD: Numeric features selected: 54" in lines
 
 
-def test_training_again_gives_the_same_bytes(trained_lake: Any, features_lake: Any, tmp_path: Path) -> None:
+def test_training_again_gives_the_same_bytes(trained_lake: Any, features_lake: Any, tmp_path: Path, respec: Respec) -> None:
     again = features_lake.copy(tmp_path)
     respec(again, symbols=("ETH-USD",))
     training_job.run(again.lake, again.run)
@@ -126,7 +118,7 @@ def test_a_corrupted_features_file_is_refused(features_lake: Any, tmp_path: Path
     assert status["symbols"]["ETH-USD"]["state"] == "pending"
 
 
-def test_the_minutes_that_were_filled_are_read_from_the_sidecar(features_lake: Any, tmp_path: Path) -> None:
+def test_the_minutes_that_were_filled_are_read_from_the_sidecar(features_lake: Any, tmp_path: Path, respec: Respec) -> None:
     own = features_lake.copy(tmp_path)
     respec(own, symbols=("ETH-USD",))
     key = keys.features_sidecar(own.version, "ETH-USD")
@@ -147,7 +139,7 @@ def test_a_sidecar_that_is_absent_or_of_another_file_is_refused(features_lake: A
         training_job.load_filled(own.lake, "ETH-USD", "nope", expected)
 
 
-def test_a_file_with_a_feature_too_few_names_the_three_counts(features_lake: Any, tmp_path: Path) -> None:
+def test_a_file_with_a_feature_too_few_names_the_three_counts(features_lake: Any, tmp_path: Path, respec: Respec) -> None:
     own = features_lake.copy(tmp_path)
     spec = respec(own)
     key = keys.features(own.version, "BTC-USD")
@@ -159,7 +151,9 @@ def test_a_file_with_a_feature_too_few_names_the_three_counts(features_lake: Any
         training_job.run(own.lake, own.run)
 
 
-def test_a_loss_that_is_no_number_fails_for_good(features_lake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_no_number_fails_for_good(
+    features_lake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, respec: Respec
+) -> None:
     own = features_lake.copy(tmp_path)
     spec = training_job.read_spec(own.lake, own.run)
     respec(own, train=spec.train.model_copy(update={"learning_rate": 1e37, "gradient_clip": 1e38}))
@@ -239,59 +233,30 @@ def test_importing_the_package_imports_no_torch_pandas_or_cli() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def container(own: Any, **environment: str) -> subprocess.Popen[str]:
-    """The container's entry point as a process, in which what the training image lacks cannot be imported."""
-    code = (
-        "import sys, runpy;"
-        "sys.modules.update(dict.fromkeys(('pandas', 'pyarrow', 'typer', 'rich', 'airflow')));"
-        "runpy.run_module('crpbot_lib.training', run_name='__main__')"
-    )
-    env = {**os.environ, "CRPBOT_LAKE": own.lake.root, "CRPBOT_RUN": own.run, "CRPBOT_GENERATION": "2", **environment}
-    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def test_the_container_trains_with_base_dependencies_and_torch_only(features_lake: Any, tmp_path: Path) -> None:
+def test_the_container_trains_with_base_dependencies_and_torch_only(
+    features_lake: Any, tmp_path: Path, respec: Respec, job: Callable[..., Any]
+) -> None:
     own = features_lake.copy(tmp_path)
     respec(own, symbols=("ETH-USD",))
-    with container(own) as process:
-        output, _ = process.communicate(timeout=120)
+    process = job(own)
 
-    assert process.returncode == 0, output
+    assert process.end() == 0, process.output
     assert status_of(own)["state"] == "succeeded"
     assert status_of(own)["generation"] == 2
-    assert all(" SMOKE " in line for line in output.splitlines()), output
+    assert all(" SMOKE " in line for line in process.output.splitlines()), process.output
 
 
-def test_sigterm_interrupts_at_once_and_the_status_says_so(features_lake: Any, tmp_path: Path) -> None:
+def test_the_status_tells_how_far_each_symbol_is(features_lake: Any, tmp_path: Path, respec: Respec) -> None:
     own = features_lake.copy(tmp_path)
-    spec = training_job.read_spec(own.lake, own.run)
-    respec(own, train=spec.train.model_copy(update={"max_steps": None, "epochs": 100_000}))
-    with container(own) as process:
-        try:
-            assert process.stdout is not None
-            _await_line(process, lambda line: "ETA" in line)
-            sent = time.monotonic()
-            process.send_signal(signal.SIGTERM)
-            output, _ = process.communicate(timeout=30)
-        finally:
-            process.kill()
+    respec(own, symbols=("ETH-USD",), train={"max_steps": None, "epochs": 2})
+    training_job.run(own.lake, own.run)
 
-    assert process.returncode == 75, output
-    assert time.monotonic() - sent < 10
-    status = status_of(own)
-    assert (status["state"], status["permanent"]) == ("interrupted", False)
-    assert status["symbols"]["BTC-USD"]["state"] == "interrupted"
-    assert not own.lake.exists(keys.run_symbol(own.run, "BTC-USD", "model.pt"))
-
-
-def _await_line(process: subprocess.Popen[str], wanted: Callable[[str], bool]) -> None:
-    assert process.stdout is not None
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if wanted(line):
-            return
-    raise AssertionError("the job ended before the line that was waited for:\n" + "".join(seen))
+    metrics = check_model(own.lake, own.run, "ETH-USD")
+    told = status_of(own)["symbols"]["ETH-USD"]
+    assert (told["epoch"], told["epochs"]) == (2, 2)
+    assert told["step"] == told["steps"] == told["checkpoint_step"] == metrics["steps"] > 30
+    assert told["loss"] == pytest.approx(metrics["train_loss"])
+    assert told["eta_seconds"] == 0
 
 
 def test_the_heartbeat_goes_on_while_the_job_works(tmp_path: Path) -> None:
