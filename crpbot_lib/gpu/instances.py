@@ -30,6 +30,9 @@ ALIVE = ("pending", "running", "stopping", "stopped")
 """States in which an instance bills or can be started again. ``stopped`` counts: its volume bills, and somebody may start it."""
 ENDING = ("shutting-down", "terminated")
 
+SPOT_INTERRUPTION = "Server.SpotInstanceTermination"
+"""The StateReason of a spot instance that EC2 took back (EC2 API reference, StateReason)."""
+
 UTC_NOW: Callable[[], datetime] = lambda: datetime.now(UTC)  # noqa: E731
 
 
@@ -55,6 +58,8 @@ class Instance:
     ended_at: datetime | None
     reason: str
     tags: dict[str, str]
+    state_reason: str = ""
+    """The code of EC2's StateReason, e.g. ``Client.InstanceInitiatedShutdown``; empty while nothing has ended it."""
 
     @property
     def run(self) -> str:
@@ -126,4 +131,5 @@ def from_api(item: InstanceTypeDef) -> Instance:
         ended_at=ended,
         reason=reason,
         tags={tag.get("Key", ""): tag.get("Value", "") for tag in item.get("Tags", [])},
+        state_reason=item.get("StateReason", {}).get("Code", ""),
     )
