@@ -104,6 +104,18 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def freeze(pid: int) -> None:
+    """SIGSTOPs every process below ``pid``; returns when each of them stands still, those forked meanwhile too."""
+    while True:
+        # the table before the list: what was forked in between is in the list alone, and counts as running
+        table = _table()
+        running = [below for below in descendants(pid) if below not in table or table[below].state != "T"]
+        if not running:
+            return
+        send(running, signal.SIGSTOP)
+        time.sleep(0.005)
+
+
 def members(group: int) -> list[int]:
     """The living processes of process group ``group``."""
     return sorted(pid for pid, row in _table().items() if row.group == group)
