@@ -1,72 +1,54 @@
 """AWS on loopback: moto's server, behind a WSGI layer that is strict where moto is lax and lets instances be real.
 
-What the layer adds to moto: ClientToken idempotency, capacity and price errors on demand, spot prices, ``resolve:ssm:`` images,
-console output, and instance states that are the runner's truth instead of moto's immediate ``running`` and ``terminated``.
+What the layer adds to moto: parameters that are checked, ClientToken idempotency, errors on demand, spot prices, instances that are
+invisible at first, ``resolve:ssm:`` images, console output, and instance states that are the runner's truth instead of moto's
+immediate ``running`` and ``terminated``.
 moto's backends are globals of the process; they are reset here, so that one process holds one such cloud at a time.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import logging
+import re
 import threading
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
 from urllib.parse import parse_qsl, urlencode
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 from moto.backends import get_backend
 from moto.core.models import DEFAULT_ACCOUNT_ID
+from moto.ec2.exceptions import InvalidSubnetIdError
 from moto.ec2.models.instances import Instance as MotoInstance
 from moto.ec2.models.instances import InstanceState, StateReason
 from moto.moto_api._internal.models import moto_api_backend
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from moto.ssm.models import Parameter
 
-from crpbot_lib.sandbox.instances import STATE_CODES, Instance, Launch, Runner
+from crpbot_lib.sandbox import ec2_launch
+from crpbot_lib.sandbox.ec2_faults import Call, Ec2Faults
+from crpbot_lib.sandbox.ec2_prices import SpotPrices
+from crpbot_lib.sandbox.ec2_wire import NAMESPACE, Answer, Form, Refusal, StartResponse, answer
+from crpbot_lib.sandbox.instances import STATE_CODES, Instance, Launch, Runner, State
 
 log = logging.getLogger(__name__)
 
-EC2_NAMESPACE = "http://ec2.amazonaws.com/doc/2016-11-15"
-_ZONE_PREMIUM = {"a": 1.0, "b": 1.04, "c": 1.09}
-"""Spot prices differ a little between zones; the nominal price is the cheapest zone's."""
+_REFUSED = {
+    "StartInstances": "an instance of the local cloud runs its user data once; launch a new one",
+    "RebootInstances": "an instance of the local cloud runs its user data once; launch a new one",
+    # moto's would be instances that nothing runs on
+    "CreateFleet": "the local cloud launches by RunInstances alone",
+    "RequestSpotFleet": "the local cloud launches by RunInstances alone",
+    "RequestSpotInstances": "the local cloud launches by RunInstances alone",
+}
 
 Environ = dict[str, Any]
-StartResponse = Callable[..., Any]
-Form = dict[str, str]
-
-
-class Answer(NamedTuple):
-    """A whole HTTP response."""
-
-    status: str
-    headers: list[tuple[str, str]]
-    body: bytes
-
-    def send(self, start_response: StartResponse) -> Iterable[bytes]:
-        start_response(self.status, self.headers)
-        return [self.body]
-
-
-def ec2_error(code: str, message: str, status: str = "400 Bad Request") -> Answer:
-    """An error in EC2's wire format. ``status`` is 500 for the codes that EC2 calls server errors, such as missing capacity."""
-    body = (
-        f'<?xml version="1.0" encoding="UTF-8"?>\n<Response><Errors><Error><Code>{escape(code)}</Code>'
-        f"<Message>{escape(message)}</Message></Error></Errors><RequestID>{uuid.uuid4()}</RequestID></Response>"
-    )
-    return Answer(status, [("Content-Type", "text/xml;charset=UTF-8")], body.encode())
-
-
-def _ec2_answer(action: str, inner: str) -> Answer:
-    body = (
-        f'<?xml version="1.0" encoding="UTF-8"?>\n<{action}Response xmlns="{EC2_NAMESPACE}">'
-        f"<requestId>{uuid.uuid4()}</requestId>{inner}</{action}Response>"
-    )
-    return Answer("200 OK", [("Content-Type", "text/xml;charset=UTF-8")], body.encode())
 
 
 class Aws:
@@ -85,25 +67,25 @@ class Aws:
         image_parameters: Sequence[str],
     ) -> None:
         self.region = region
-        self.spot_prices = dict(spot_prices)
-        self.unavailable: set[str] = set()
-        """Instance types without capacity; ``unavailable_spot``: without spot capacity only."""
-        self.unavailable_spot: set[str] = set()
+        self.faults = Ec2Faults(region)
+        self.invisible_seconds = 0.0
+        """How long after its launch an instance is not to be seen, nor to be named in a request."""
         # every EC2 call and every change of an instance's state is one after the other: moto's objects know no threads
         self._ec2_lock = threading.RLock()
         self._conditional_put_lock = threading.Lock()
         self._tokens: dict[str, tuple[Form, Answer]] = {}
-        self._spot_price_since = datetime.now(UTC) - timedelta(hours=1)
+        self._prices = SpotPrices(region, spot_prices)
         moto_api_backend.reset()
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._ec2 = get_backend("ec2")[DEFAULT_ACCOUNT_ID][region]
         self._logs = get_backend("logs")[DEFAULT_ACCOUNT_ID][region]
         self._ssm = get_backend("ssm")[DEFAULT_ACCOUNT_ID][region]
+        self._iam = get_backend("iam")[DEFAULT_ACCOUNT_ID]["aws"]
         get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"].create_bucket(bucket, region)
         for group in log_groups:
             self._logs.create_log_group(group, {})
         for profile in instance_profiles:
-            get_backend("iam")[DEFAULT_ACCOUNT_ID]["aws"].create_instance_profile(profile, "/", [])
+            self._iam.create_instance_profile(profile, "/", [])
         if image_parameters:
             self._put_images(image_parameters)
 
@@ -116,8 +98,8 @@ class Aws:
             # moto looks first and writes later; S3 does both at once
             with self._conditional_put_lock:
                 return self._ask_moto(environ).send(start_response)
-        answer: Iterable[bytes] = self._moto(environ, start_response)
-        return answer
+        answered: Iterable[bytes] = self._moto(environ, start_response)
+        return answered
 
     def _ask_moto(self, environ: Environ) -> Answer:
         seen: dict[str, Any] = {}
@@ -137,84 +119,151 @@ class Aws:
         form = dict(parse_qsl(data.decode(), keep_blank_values=True))
         action = form.get("Action", "")
         with self._ec2_lock:
-            if action == "RunInstances" and form.get("DryRun") != "true":
-                return self._run_instances(environ, form)
-            if action == "DescribeSpotPriceHistory":
-                return self._spot_price_history(form)
-            if action == "GetConsoleOutput":
-                return self._console_output(form)
-            if action in ("StartInstances", "RebootInstances"):
-                return ec2_error(
-                    "UnsupportedOperation",
-                    f"{action}: an instance of the local cloud runs its user data once; launch a new one",
-                )
-            return self._ask_moto_ec2(environ, form)
+            refusal = ec2_launch.check(form, self.region) if action == "RunInstances" else None
+            if refusal:
+                return refusal.answer()
+            call = self._call(action, form)
+            fault = self.faults.find(call, of_a_launch=False, count=True)
+            if fault and not fault.after:
+                return fault.refusal(call).answer()
+            answered = self._carry_out(environ, call, form)
+        return fault.refusal(call).answer() if fault else answered
 
     # --- EC2 ---
 
-    def _run_instances(self, environ: Environ, form: Form) -> Answer:
+    def _carry_out(self, environ: Environ, call: Call, form: Form) -> Answer:
+        action = call.action
+        if action in _REFUSED:
+            return Refusal("UnsupportedOperation", f"{action}: {_REFUSED[action]}").answer()
+        if action == "RunInstances":
+            return self._run_instances(environ, call, form)
+        if action == "DescribeSpotPriceHistory":
+            return self._prices.answer(form)
+        with self._visible_only():
+            if action == "GetConsoleOutput":
+                return self._console_output(form)
+            answered = self._ask_moto_ec2(environ, form)
+        # moto says shutting-down also of what has ended
+        return self._with_states(answered, self._state) if action in ("TerminateInstances", "StopInstances") else answered
+
+    @contextlib.contextmanager
+    def _visible_only(self) -> Iterator[None]:
+        """moto without the instances that EC2 does not show yet: absent from lists, and unknown by their id."""
+        everything = self._ec2.reservations
+        now = time.monotonic()
+        hidden = {i.launch.id for i in self.runner.all() if now - i.launched < self.invisible_seconds}
+        self._ec2.reservations = {
+            name: reservation
+            for name, reservation in everything.items()
+            if not any(instance.id in hidden for instance in reservation.instances)
+        }
+        try:
+            yield
+        finally:
+            self._ec2.reservations = everything
+
+    def _call(self, action: str, form: Form) -> Call:
+        """The request as the rules see it. Where it names neither subnet nor zone, EC2 takes a zone that can have the instance."""
+        if action != "RunInstances":
+            return Call(action)
+        kind = form.get("InstanceType", ec2_launch.DEFAULT_TYPE)
+        call = Call(action, kind, market=form.get("InstanceMarketOptions.MarketType") or "on-demand")
+        if subnet := _subnet(form):
+            with contextlib.suppress(InvalidSubnetIdError):
+                call = call._replace(zone=self._ec2.get_subnet(subnet).availability_zone)
+            return call
+        if zone := form.get("Placement.AvailabilityZone"):
+            return call._replace(zone=zone)
+        anywhere = [call._replace(zone=zone) for zone in ec2_launch.zones_offering(self.region, kind)]
+        return next((one for one in anywhere if not self._refusal(one, form, count=False)), anywhere[0])
+
+    def _run_instances(self, environ: Environ, call: Call, form: Form) -> Answer:
         token = form.get("ClientToken", "")
         asked = {k: v for k, v in form.items() if k != "ClientToken"}
         if token in self._tokens:
-            before, answer = self._tokens[token]
+            before, answered = self._tokens[token]
             if before != asked:
                 names = sorted(k for k in before.keys() | asked.keys() if before.get(k) != asked.get(k))
-                return ec2_error(
+                return Refusal(
                     "IdempotentParameterMismatch",
                     "The client token you have provided is associated with a resource with different parameters: "
                     + ", ".join(names),
-                )
-            return self._with_current_states(answer)
-        refusal = self._refusal(form)
-        if refusal:
-            return refusal
+                ).answer()
+            return self._with_states(answered, self._state)
         request = dict(form)
-        if form.get("ImageId", "").startswith("resolve:ssm:"):
-            name = form["ImageId"].removeprefix("resolve:ssm:")
+        image = form["ImageId"]
+        if image.startswith("resolve:ssm:"):
+            name = image.removeprefix("resolve:ssm:")
             values = self._ssm.get_parameters([name])
             if not values:
-                return ec2_error("InvalidParameterValue", f"The SSM parameter {name} could not be found in {self.region}")
+                message = f"The SSM parameter {name} could not be found in {self.region}"
+                return Refusal("InvalidParameterValue", message).answer()
             request["ImageId"] = values[name].value
-        answer = self._ask_moto_ec2(environ, request)
-        if not answer.status.startswith("200"):
-            return answer
-        for item in _instance_items(ElementTree.fromstring(answer.body)):
-            self._start(_text(item, "instanceId"), form)
-        answer = self._with_current_states(answer)
+        if refusal := self._missing(request):
+            return refusal.answer()
+        if form.get("DryRun") == "true":
+            return self._ask_moto_ec2(environ, request)
+        if refusal := self._refusal(call, form, count=True):
+            return refusal.answer()
+        if not _subnet(form):
+            request["Placement.AvailabilityZone"] = call.zone
+        request["MinCount"] = request["MaxCount"]  # there is capacity, and moto looks at the former only
+        answered = self._ask_moto_ec2(environ, request)
+        if not answered.succeeded:
+            return answered
+        # as EC2 answers: pending, however fast the boot is
+        answered = self._with_states(answered, lambda _: "pending")
         if token:
-            self._tokens[token] = (asked, answer)
-        return answer
+            self._tokens[token] = (asked, answered)
+        for item in _instance_items(ElementTree.fromstring(answered.body)):
+            self._start(_text(item, "instanceId"), call, form)
+        return answered
 
-    def _refusal(self, form: Form) -> Answer | None:
-        kind, spot = form.get("InstanceType", ""), form.get("InstanceMarketOptions.MarketType") == "spot"
-        if kind in self.unavailable or (spot and kind in self.unavailable_spot):
-            return ec2_error(
-                "InsufficientInstanceCapacity",
-                f"We currently do not have sufficient {kind} capacity in the Availability Zone you requested.",
-                "500 Internal Server Error",
-            )
+    def _missing(self, request: Form) -> Refusal | None:
+        """What the request names and the account does not have, where moto does not look or has a code of its own."""
+        image, profile = request["ImageId"], request.get("IamInstanceProfile.Name")
+        if not re.fullmatch(r"ami-[0-9a-f]+", image):
+            return Refusal("InvalidAMIID.Malformed", f'Invalid id: "{image}" (expecting "ami-...")')
+        if image not in self._ec2.amis:
+            return Refusal("InvalidAMIID.NotFound", f"The image id '[{image}]' does not exist")
+        if profile and profile not in {one.name for one in self._iam.get_instance_profiles()}:
+            return ec2_launch.invalid("IamInstanceProfile.Name", profile, "there is no such instance profile")
+        if subnet := _subnet(request):
+            try:
+                self._ec2.get_subnet(subnet)
+            except InvalidSubnetIdError as error:  # moto would leave an empty reservation behind
+                return Refusal("InvalidSubnetID.NotFound", str(error.message))
+        return None
+
+    def _refusal(self, call: Call, form: Form, *, count: bool) -> Refusal | None:
+        """Why the zone of ``call`` cannot have the instance now. ``count``: the rule that says so has hit."""
+        offering = ec2_launch.zones_offering(self.region, call.type)
+        if call.zone not in offering:
+            return Refusal("Unsupported", f"{call.type} is not offered in {call.zone}, but in {', '.join(offering)}")
+        if fault := self.faults.find(call, of_a_launch=True, count=count):
+            return fault.refusal(call)
         limit = form.get("InstanceMarketOptions.SpotOptions.MaxPrice")
-        price = self.spot_prices.get(kind)
-        if spot and limit and price is not None and float(limit) < price:
-            return ec2_error(
+        price = self._prices.current(call.type, call.zone)
+        if call.market == "spot" and limit and price is not None and float(limit) < price:
+            return Refusal(
                 "SpotMaxPriceTooLow",
                 f"Your Spot request price of {limit} is lower than the minimum required Spot request fulfillment price of {price}.",
             )
         return None
 
-    def _start(self, instance_id: str, form: Form) -> None:
+    def _start(self, instance_id: str, call: Call, form: Form) -> None:
         moto_instance = self._ec2.get_instance(instance_id)
-        spot = form.get("InstanceMarketOptions.MarketType") == "spot"
-        kind = form.get("InstanceType", "m1.small")
+        spot = call.market == "spot"
         instance = self.runner.launch(
             Launch(
                 id=instance_id,
-                type=kind,
+                type=call.type,
                 image_id=moto_instance.image_id,
                 user_data=base64.b64decode(form.get("UserData", "")),
                 shutdown_behavior=form.get("InstanceInitiatedShutdownBehavior", "stop"),
                 lifecycle="spot" if spot else "on-demand",
-                spot_price=self.spot_prices.get(kind) if spot else None,
+                zone=call.zone,
+                spot_price=self._prices.current(call.type, call.zone) if spot else None,
             )
         )
 
@@ -228,7 +277,7 @@ class Aws:
         hooks.terminate = lambda: asked_to_end(instance.terminate)
         hooks.stop = lambda: asked_to_end(instance.stop)
         self.show_state(instance)
-        log.info("%s: %s %s launched", instance_id, kind, instance.launch.lifecycle)
+        log.info("%s: %s %s launched in %s", instance_id, call.type, instance.launch.lifecycle, call.zone)
 
     def show_state(self, instance: Instance) -> None:
         """Makes EC2 show the runner's truth. Called after every change of state, from any thread."""
@@ -244,62 +293,51 @@ class Aws:
             moto_instance.state_reason = StateReason(message, code)
         log.info("%s: %s%s", instance.launch.id, state, f" ({instance.reason})" if instance.reason else "")
 
-    def _with_current_states(self, answer: Answer) -> Answer:
-        ElementTree.register_namespace("", EC2_NAMESPACE)
-        root = ElementTree.fromstring(answer.body)
+    def _state(self, instance_id: str) -> State:
+        return self.runner.get(instance_id).state
+
+    def _with_states(self, answered: Answer, state_of: Callable[[str], State]) -> Answer:
+        """The answer of RunInstances, TerminateInstances or StopInstances with these states in place of moto's."""
+        if not answered.succeeded:
+            return answered
+        ElementTree.register_namespace("", NAMESPACE)
+        root = ElementTree.fromstring(answered.body)
         for item in _instance_items(root):
-            instance = self.runner.get(_text(item, "instanceId"))
-            shown = item.find(f"{{{EC2_NAMESPACE}}}instanceState")
-            assert shown is not None
-            for part, value in (("code", str(STATE_CODES[instance.state])), ("name", instance.state)):
-                element = shown.find(f"{{{EC2_NAMESPACE}}}{part}")
-                assert element is not None
-                element.text = value
+            state = state_of(_text(item, "instanceId"))
+            for part, value in (("code", str(STATE_CODES[state])), ("name", state)):
+                for shown in ("instanceState", "currentState"):
+                    if (element := item.find(f"{{{NAMESPACE}}}{shown}/{{{NAMESPACE}}}{part}")) is not None:
+                        element.text = value
         body = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
-        headers = [(k, v) for k, v in answer.headers if k.lower() != "content-length"]
-        return Answer(answer.status, headers, body)
-
-    def _spot_price_history(self, form: Form) -> Answer:
-        def values(prefix: str) -> list[str]:
-            return [v for k, v in sorted(form.items()) if k.startswith(f"{prefix}.")]
-
-        wanted: dict[str, list[str]] = {
-            "instance-type": values("InstanceType"),
-            "product-description": values("ProductDescription"),
-            "availability-zone": [form["AvailabilityZone"]] if "AvailabilityZone" in form else [],
-        }
-        for number in (k.split(".")[1] for k in form if k.startswith("Filter.") and k.endswith(".Name")):
-            wanted[form[f"Filter.{number}.Name"]] = values(f"Filter.{number}.Value")
-        items = []
-        for kind, nominal in sorted(self.spot_prices.items()):
-            for zone, premium in _ZONE_PREMIUM.items():
-                row = {
-                    "instance-type": kind,
-                    "product-description": "Linux/UNIX",
-                    "availability-zone": f"{self.region}{zone}",
-                }
-                if any(chosen and row.get(name) not in chosen for name, chosen in wanted.items()):
-                    continue
-                items.append(
-                    f"<item><instanceType>{escape(kind)}</instanceType><productDescription>Linux/UNIX</productDescription>"
-                    f"<spotPrice>{nominal * premium:.6f}</spotPrice>"
-                    f"<timestamp>{self._spot_price_since:%Y-%m-%dT%H:%M:%S.000Z}</timestamp>"
-                    f"<availabilityZone>{row['availability-zone']}</availabilityZone></item>"
-                )
-        return _ec2_answer("DescribeSpotPriceHistory", f"<spotPriceHistorySet>{''.join(items)}</spotPriceHistorySet>")
+        headers = [(k, v) for k, v in answered.headers if k.lower() != "content-length"]
+        return Answer(answered.status, headers, body)
 
     def _console_output(self, form: Form) -> Answer:
         instance_id = form.get("InstanceId", "")
-        try:
-            text = self.runner.get(instance_id).console
-        except KeyError:
-            return ec2_error("InvalidInstanceID.NotFound", f"The instance ID '{instance_id}' does not exist")
-        output = base64.b64encode(text.encode()[-65536:]).decode()
-        return _ec2_answer(
+        if self._ec2.get_instance_by_id(instance_id) is None:
+            return Refusal("InvalidInstanceID.NotFound", f"The instance ID '{instance_id}' does not exist").answer()
+        output = base64.b64encode(self.runner.get(instance_id).console.encode()[-65536:]).decode()
+        return answer(
             "GetConsoleOutput",
             f"<instanceId>{escape(instance_id)}</instanceId>"
             f"<timestamp>{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.000Z}</timestamp><output>{output}</output>",
         )
+
+    def set_spot_prices(self, prices: Mapping[str, Mapping[str, float]]) -> None:
+        """From now on ``prices[type][zone]``, USD an hour; ValueError names a type or zone that there is not."""
+        with self._ec2_lock:
+            self._prices.set(prices)
+
+    def describe(self) -> dict[str, Any]:
+        """What EC2 charges, lacks and refuses now, in JSON."""
+        with self._ec2_lock:
+            return {
+                "spot_prices": self._prices.describe(),
+                "unavailable": sorted(self.faults.unavailable),
+                "unavailable_spot": sorted(self.faults.unavailable_spot),
+                "faults": self.faults.describe(),
+                "invisible_seconds": self.invisible_seconds,
+            }
 
     def tags(self, instance_id: str) -> dict[str, str]:
         """The instance's tags as they are now."""
@@ -341,8 +379,12 @@ class Aws:
 
 
 def _instance_items(root: ElementTree.Element) -> list[ElementTree.Element]:
-    return root.findall(f"{{{EC2_NAMESPACE}}}instancesSet/{{{EC2_NAMESPACE}}}item")
+    return root.findall(f"{{{NAMESPACE}}}instancesSet/{{{NAMESPACE}}}item")
 
 
 def _text(item: ElementTree.Element, name: str) -> str:
-    return item.findtext(f"{{{EC2_NAMESPACE}}}{name}") or ""
+    return item.findtext(f"{{{NAMESPACE}}}{name}") or ""
+
+
+def _subnet(form: Form) -> str | None:
+    return form.get("SubnetId") or form.get("NetworkInterface.1.SubnetId")

@@ -1,7 +1,8 @@
 """The instance runner: each launched instance runs its user data as real processes and lives through EC2's states in real time.
 
-One thread an instance: it waits for the boot, starts the process tree (``guest``), waits for a power-off or a termination, ends
-every process, and only then says ``terminated``. Being the thread that forked the tree, its death (with this process) ends it.
+One thread an instance: it waits for the boot, starts the process tree (``guest``), waits for a power-off, a termination or EC2's
+taking it back, ends every process, and only then says ``terminated``. Being the thread that forked the tree, its death (with this
+process) ends it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
 from crpbot_lib.sandbox import guest
-from crpbot_lib.sandbox.processes import descendants, send, spawn
+from crpbot_lib.sandbox.processes import descendants, freeze, send, spawn
 
 State = Literal["pending", "running", "shutting-down", "terminated", "stopping", "stopped"]
 STATE_CODES: dict[State, int] = {
@@ -31,8 +34,10 @@ STATE_CODES: dict[State, int] = {
     "stopping": 64,
     "stopped": 80,
 }
-Initiator = Literal["user", "instance", "local cloud"]
+Initiator = Literal["user", "instance", "spot", "local cloud"]
+ALIVE: tuple[State, ...] = ("pending", "running")
 
+SPOT_TERMINATION = "Server.SpotInstanceTermination"
 TERM_GRACE_SECONDS = 2.0
 """What the processes of an ending instance get between SIGTERM and SIGKILL."""
 TRAINING_ENTRY_POINT = (sys.executable, "-m", "crpbot_lib.training")
@@ -57,7 +62,25 @@ class Launch:
     user_data: bytes
     shutdown_behavior: str
     lifecycle: Literal["spot", "on-demand"]
+    zone: str
     spot_price: float | None
+
+
+class Interruption(BaseModel):
+    """EC2 takes a spot instance back: the notice at once, the end ``notice_seconds`` later. None: the recommendation alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    notice_seconds: float | None = Field(default=120, ge=0, allow_inf_nan=False)
+    """EC2 gives two minutes (EC2 user guide, "Spot Instance interruption notices")."""
+    rebalance: bool = False
+    """Whether the instance is also told that it is at risk, as a rebalance recommendation."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Interruption:
+        if self.notice_seconds is None and not self.rebalance:
+            raise ValueError("neither a notice nor a rebalance recommendation: give notice_seconds, or rebalance, or both")
+        return self
 
 
 @dataclass
@@ -78,8 +101,14 @@ class Instance:
         self.state: State = "pending"
         self.history: list[tuple[State, datetime]] = [("pending", datetime.now(UTC))]
         self.end: _End | None = None
+        self.launched = time.monotonic()
+        self.ends_at: datetime | None = None
+        """When EC2 takes the instance back, once it has said so; ``rebalance_at``: when it recommended to move."""
+        self.rebalance_at: datetime | None = None
+        self.frozen = False
         self._machine, self._timing, self._changed = machine, timing, changed
         self._power_off_at: float | None = None
+        self._taken_back_at: float | None = None
         self._condition = threading.Condition()
         self._root: int | None = None
         self._thread = threading.Thread(target=self._live, name=launch.id, daemon=True)
@@ -98,8 +127,9 @@ class Instance:
         self._begin_end(initiator, "stopped")
 
     def power_off(self) -> None:
-        """The instance switched itself off; its InstanceInitiatedShutdownBehavior says what that means."""
-        self._begin_end("instance", "terminated" if self.launch.shutdown_behavior == "terminate" else "stopped")
+        """The instance switched itself off; its InstanceInitiatedShutdownBehavior says what that means. A frozen one cannot."""
+        if not self.frozen:
+            self._begin_end("instance", "terminated" if self.launch.shutdown_behavior == "terminate" else "stopped")
 
     def schedule_power_off(self, minutes: int) -> datetime:
         """``shutdown -h +minutes``: replaces what was scheduled before. Returns when it will be."""
@@ -114,6 +144,35 @@ class Instance:
             self._power_off_at = None
             self._condition.notify_all()
 
+    def interrupt(self, interruption: Interruption) -> None:
+        """EC2 announces that it takes the instance back; a later call replaces the time. ValueError unless it is spot and alive."""
+        with self._condition:
+            self._require_alive("interrupted")
+            if self.launch.lifecycle != "spot":
+                raise ValueError(f"{self.launch.id} is {self.launch.lifecycle}: only spot instances can be interrupted")
+            now = datetime.now(UTC)
+            if interruption.rebalance:
+                self.rebalance_at = now
+            if interruption.notice_seconds is not None:
+                self.ends_at = now + timedelta(seconds=interruption.notice_seconds)
+                self._taken_back_at = time.monotonic() + interruption.notice_seconds
+            self._condition.notify_all()
+
+    def freeze(self) -> None:
+        """The instance hangs: its processes stop where they are and its power-off never comes. Only EC2 can end it then.
+
+        A pending one becomes ``running`` and starts nothing. ValueError when the instance is ending.
+        """
+        with self._condition:
+            self._require_alive("frozen")
+            self.frozen = True
+            self._condition.notify_all()
+        self._freeze_processes()
+
+    def _require_alive(self, what: str) -> None:
+        if self.state not in ALIVE:
+            raise ValueError(f"{self.launch.id} is {self.state}: only a pending or running instance can be {what}")
+
     def pids(self) -> list[int]:
         """Every living process of the instance, its root first."""
         root = self._root
@@ -121,9 +180,11 @@ class Instance:
 
     @property
     def reason(self) -> str:
-        """StateTransitionReason, dated as EC2 dates it."""
+        """StateTransitionReason; EC2 dates it, but where it took the instance back itself."""
         if self.end is None:
             return ""
+        if self.end.initiator == "spot":
+            return SPOT_TERMINATION
         who = "User" if self.end.initiator != "instance" else "Instance"
         return f"{who} initiated ({self.end.at:%Y-%m-%d %H:%M:%S} GMT)"
 
@@ -132,6 +193,8 @@ class Instance:
         """StateReason's code and message (EC2 API reference)."""
         if self.end is None:
             return "", ""
+        if self.end.initiator == "spot":
+            return SPOT_TERMINATION, f"{SPOT_TERMINATION}: Spot instance termination"
         who = "User" if self.end.initiator != "instance" else "Instance"
         code = f"Client.{who}InitiatedShutdown"
         return code, f"{code}: {who} initiated shutdown"
@@ -151,7 +214,10 @@ class Instance:
 
     def _live(self) -> None:
         if not self._wait_for_end(self._timing.boot) and self._advance("pending", "running"):
-            self._boot()
+            if not self.frozen:
+                self._boot()
+            if self.frozen:  # it may have come to that while booting, when there was nothing to freeze
+                self._freeze_processes()
             self._wait_for_end(None)
         self._end_processes()
         assert self.end is not None
@@ -166,14 +232,18 @@ class Instance:
                 if self.end is not None:
                     return True
                 now = time.monotonic()
-                due = self._power_off_at
+                power_off, taken_back = None if self.frozen else self._power_off_at, self._taken_back_at
+                due = min((t for t in (power_off, taken_back) if t is not None), default=None)
                 if due is None or now < due:
                     if limit is not None and now >= limit:
                         return False
                     wake = [t - now for t in (limit, due) if t is not None]
                     self._condition.wait(min(wake) if wake else None)
                     continue
-            self.power_off()
+            if due == taken_back:
+                self._begin_end("spot", "terminated")
+            else:
+                self.power_off()
 
     def _begin_end(self, initiator: Initiator, final: State) -> None:
         with self._condition:
@@ -221,13 +291,21 @@ class Instance:
             )
         self._root = self._process.pid
 
+    def _freeze_processes(self) -> None:
+        """All but the root, which does nothing but end the tree, and must be able to when the local cloud dies."""
+        if self._root is None:
+            return
+        while not descendants(self._root) and self._process.poll() is None:
+            time.sleep(0.01)  # it has yet to fork the instance's first process
+        freeze(self._root)
+
     def _end_processes(self) -> None:
-        """SIGTERM, a grace, SIGKILL; returns when nothing of the instance runs."""
+        """SIGTERM, a grace (a frozen instance can make no use of it), SIGKILL; returns when nothing of the instance runs."""
         root = self._root
         if root is None:
             return
         # the root of the tree, and what it forked first, stay to the last: they make sure that nothing is left over
-        give_up = time.monotonic() + TERM_GRACE_SECONDS
+        give_up = time.monotonic() + (0 if self.frozen else TERM_GRACE_SECONDS)
         send(descendants(root), signal.SIGTERM)
         while len(descendants(root)) > 1 and time.monotonic() < give_up:
             time.sleep(0.02)
@@ -277,6 +355,8 @@ class Runner:
         """Starts the life of an instance; it is ``pending`` when this returns."""
         directory = self._directory / launch.id
         directory.mkdir(parents=True)
+        # our own poller goes by the endpoint; boto3 must not ask it for credentials, which come as variables here
+        metadata = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": self.metadata_url(launch.id), "AWS_EC2_METADATA_DISABLED": "true"}
         machine = guest.Machine(
             instance=launch.id,
             control=self.control,
@@ -284,13 +364,17 @@ class Runner:
             bash=self._bash,
             bash_flags=[],
             entry_point=self._entry_point,
-            environment=self.environment,
-            profile=self.profile,
+            environment={**self.environment, **metadata},
+            profile={**self.profile, **metadata},
         )
         instance = Instance(launch, machine, self._timing, self._changed)
         self._instances[launch.id] = instance
         instance.start()
         return instance
+
+    def metadata_url(self, instance_id: str) -> str:
+        """Where the instance's metadata service is; ``/latest/…`` follows."""
+        return f"{self.control}/_sandbox/metadata/{instance_id}"
 
     def get(self, instance_id: str) -> Instance:
         """KeyError names an unknown id."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from moto.moto_server.werkzeug_app import MotoRequestHandler
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -28,8 +28,10 @@ from crpbot_lib.config import GpuSettings
 from crpbot_lib.sandbox import coingecko, exchange, synthetic
 from crpbot_lib.sandbox.aws import Aws
 from crpbot_lib.sandbox.data import COINS, FolderSource, MixedSource, Source
+from crpbot_lib.sandbox.ec2_faults import Ec2Fault
+from crpbot_lib.sandbox.ec2_metadata import MetadataService
 from crpbot_lib.sandbox.faults import Fault, Faults, RateLimit, Target, Traffic
-from crpbot_lib.sandbox.instances import TRAINING_ENTRY_POINT, Instance, Runner, Timing
+from crpbot_lib.sandbox.instances import TRAINING_ENTRY_POINT, Instance, Interruption, Runner, Timing
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,15 @@ class SandboxOptions(BaseModel):
     """Host name in the addresses given to clients; None: ``host``."""
     port: int = 0
     aws_port: int = 0
+
+
+_Usd = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Visibility(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    seconds: float = Field(ge=0)
 
 
 def default_data_dir() -> Path | None:
@@ -203,6 +214,7 @@ class Sandbox:
         self.coingecko: coingecko.CoinGecko
         self.aws: Aws
         self.runner: Runner
+        self._metadata = MetadataService()
         self._servers: list[BaseWSGIServer] = []
         self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
@@ -270,7 +282,7 @@ class Sandbox:
             "AWS_DEFAULT_REGION": options.region,
             "AWS_ENDPOINT_URL": f"http://{inside}:{self._aws_port}",
         }
-        self.runner.profile = {**_CREDENTIALS, "AWS_EC2_METADATA_DISABLED": "true"}
+        self.runner.profile = dict(_CREDENTIALS)
         if marker := os.environ.get("CRPBOT_MARKER"):
             self.runner.environment["CRPBOT_MARKER"] = self.runner.profile["CRPBOT_MARKER"] = marker
         for one in self._servers:
@@ -364,13 +376,7 @@ class Sandbox:
         return {
             "what": "crpbot's local cloud: stand-ins for Coinbase, CoinGecko, Telegram and AWS",
             "data": self.source.describe(),
-            "aws": {
-                "url": self.aws_url,
-                "region": self.options.region,
-                "spot_prices": self.aws.spot_prices,
-                "unavailable": sorted(self.aws.unavailable),
-                "unavailable_spot": sorted(self.aws.unavailable_spot),
-            },
+            "aws": {"url": self.aws_url, "region": self.options.region, **self.aws.describe()},
             "faults": self.faults.describe(),
             "requests": self.traffic.describe(),
             "pid": os.getpid(),
@@ -388,6 +394,9 @@ class Sandbox:
             Rule("/_sandbox/about", endpoint="about", methods=["GET"]),
             Rule("/_sandbox/telegram", endpoint="telegram_list", methods=["GET"]),
             Rule("/_sandbox/capacity", endpoint="capacity", methods=["POST"]),
+            Rule("/_sandbox/ec2/faults", endpoint="ec2_faults", methods=["GET", "POST"]),
+            Rule("/_sandbox/ec2/visibility", endpoint="ec2_visibility", methods=["POST"]),
+            Rule("/_sandbox/ec2/spot_prices", endpoint="ec2_spot_prices", methods=["POST"]),
             Rule("/_sandbox/faults", endpoint="faults", methods=["GET", "POST"]),
             Rule("/_sandbox/rate_limits", endpoint="rate_limits", methods=["GET", "POST"]),
             Rule("/_sandbox/requests", endpoint="requests", methods=["GET", "DELETE"]),
@@ -395,6 +404,9 @@ class Sandbox:
             Rule("/_sandbox/instances/<instance>/console", endpoint="console", methods=["GET"]),
             Rule("/_sandbox/instances/<instance>/power", endpoint="power", methods=["POST"]),
             Rule("/_sandbox/instances/<instance>/logs", endpoint="logs", methods=["POST"]),
+            Rule("/_sandbox/instances/<instance>/interrupt", endpoint="interrupt", methods=["POST"]),
+            Rule("/_sandbox/instances/<instance>/freeze", endpoint="freeze", methods=["POST"]),
+            Rule("/_sandbox/metadata/<instance>/latest/<path:path>", endpoint="metadata", methods=["GET", "PUT"]),
         ]
     )
 
@@ -493,9 +505,26 @@ class Sandbox:
         unknown = sorted(set(body) - {"unavailable", "unavailable_spot"})
         if unknown:
             raise ValueError(f"capacity knows unavailable and unavailable_spot, not {', '.join(unknown)}")
-        self.aws.unavailable = set(body.get("unavailable", []))
-        self.aws.unavailable_spot = set(body.get("unavailable_spot", []))
-        return _json({"unavailable": sorted(self.aws.unavailable), "unavailable_spot": sorted(self.aws.unavailable_spot)})
+        faults = self.aws.faults
+        faults.set_capacity(body.get("unavailable", []), body.get("unavailable_spot", []))
+        return _json({"unavailable": sorted(faults.unavailable), "unavailable_spot": sorted(faults.unavailable_spot)})
+
+    def _on_ec2_faults(self, request: Request) -> Response:
+        """[rule…]: replaces the rules; nothing changes on an error."""
+        if request.method == "POST":
+            self.aws.faults.set(TypeAdapter(list[Ec2Fault]).validate_python(request.get_json()))
+        return _json(self.aws.faults.describe())
+
+    def _on_ec2_visibility(self, request: Request) -> Response:
+        """{"seconds": s}: how long a launched instance is invisible, those launched already included."""
+        self.aws.invisible_seconds = _Visibility.model_validate(request.get_json()).seconds
+        return _json({"seconds": self.aws.invisible_seconds})
+
+    def _on_ec2_spot_prices(self, request: Request) -> Response:
+        """{type: {zone: USD an hour}}: in force from now on; what is not named stays as it is."""
+        prices = TypeAdapter(dict[str, dict[str, _Usd]]).validate_python(request.get_json())
+        self.aws.set_spot_prices(prices)
+        return _json(self.aws.describe()["spot_prices"])
 
     def _on_faults(self, request: Request) -> Response:
         """{"exchange": fault | [fault…] | null, "coingecko": …}: what is not named stays as it is; nothing changes on an error."""
@@ -545,6 +574,22 @@ class Sandbox:
         body = request.get_json()
         self.aws.put_log_events(body["group"], body["stream"], body["events"])
         return _json({})
+
+    def _on_interrupt(self, request: Request, instance: str) -> Response:
+        """EC2 takes a spot instance back, after a notice."""
+        found = self._instance(instance)
+        found.interrupt(Interruption.model_validate(request.get_json()))
+        times = {"ends_at": found.ends_at, "rebalance_at": found.rebalance_at}
+        return _json({name: at and at.isoformat() for name, at in times.items()})
+
+    def _on_freeze(self, _request: Request, instance: str) -> Response:
+        """The instance hangs from now on."""
+        found = self._instance(instance)
+        found.freeze()
+        return _json({"frozen": found.pids()[1:]})
+
+    def _on_metadata(self, request: Request, instance: str, path: str) -> Response:
+        return self._metadata.answer(self._instance(instance), request, path)
 
     def _instance(self, instance: str) -> Instance:
         try:

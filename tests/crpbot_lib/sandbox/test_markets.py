@@ -491,7 +491,7 @@ def test_about_says_what_the_data_is(cloud: Any) -> None:
     about = cloud.get("/_sandbox/about").json()
     assert about["data"]["kind"] == "synthetic"
     assert "derived" in about["data"]["coingecko"]["hourly"]
-    assert about["aws"]["spot_prices"]["g5.xlarge"] == 0.3
+    assert about["aws"]["spot_prices"]["g5.xlarge"]["us-east-1a"] == 0.3
 
 
 # --- venues ---

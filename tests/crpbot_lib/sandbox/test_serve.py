@@ -19,6 +19,7 @@ import boto3
 import pytest
 import requests
 
+from crpbot_lib.config import GpuSettings
 from crpbot_lib.sandbox.__main__ import _options, _parser
 from crpbot_lib.sandbox.faults import RateLimit
 from crpbot_lib.sandbox.processes import MARKER, processes_with_marker, send
@@ -98,7 +99,8 @@ class Served:
         session = boto3.session.Session(env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"], region_name=env["AWS_REGION"])
         ec2 = session.client("ec2", endpoint_url=env["AWS_ENDPOINT_URL"])
         script = BUSY.format(folder=folder / "job")
-        launched = ec2.run_instances(ImageId="ami-12345678", InstanceType="g5.xlarge", MinCount=1, MaxCount=1, UserData=script)
+        image = GpuSettings().ami
+        launched = ec2.run_instances(ImageId=image, InstanceType="g5.xlarge", MinCount=1, MaxCount=1, UserData=script)
         self.instance = launched["Instances"][0]["InstanceId"]
         wait_for(lambda: "busy" in self.console() and "job runs" in self.console())
 
@@ -126,6 +128,15 @@ def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
 @pytest.mark.parametrize("served", [None, without_namespaces], indirect=True)
 def test_nothing_outlives_a_killed_cloud(served: Served) -> None:
     assert len(served.processes()) >= 7  # the cloud; root, first process, shell, loop, docker, job
+    served.process.kill()
+    served.process.wait()
+    wait_for(lambda: served.processes() == [], 10)
+
+
+@pytest.mark.parametrize("served", [None, without_namespaces], indirect=True)
+def test_a_frozen_instance_does_not_outlive_it_either(served: Served) -> None:
+    frozen = requests.post(f"{served.announced['control_url']}/_sandbox/instances/{served.instance}/freeze", json={}, timeout=10)
+    assert len(frozen.json()["frozen"]) >= 5
     served.process.kill()
     served.process.wait()
     wait_for(lambda: served.processes() == [], 10)
