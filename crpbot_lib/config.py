@@ -51,8 +51,8 @@ class GpuCandidate(_Model):
     instance_type: str
     gpu: str
     on_demand_usd_per_hour: float
-    subnet_id: str | None = None
-    """None: the account's default subnet of the zone that AWS chooses."""
+    subnet_ids: tuple[str, ...] = ()
+    """Where it may be launched, each subnet in its own zone. None: the region's default subnets, one in each zone."""
 
 
 class GpuSettings(_Model):
@@ -77,6 +77,10 @@ class GpuSettings(_Model):
     visibility_grace_seconds: float = Field(default=10, ge=0)
     """How long a launched instance may stay invisible to DescribeInstances; absence is believed only after it."""
     poll_seconds: float = Field(default=5, gt=0)
+    max_run_usd: float = Field(default=5, gt=0)
+    """What all generations of one run may come to: what has ended at its price, what may still cost at its worst case."""
+    max_month_usd: float = Field(default=50, gt=0)
+    """The same of all runs begun in one UTC month, and of whatever else of the project is alive."""
     aws_conn_id: str | None = None
     """Airflow connection of the EC2 and logs calls. None: the AWS SDK's own chain (AWS_* variables, instance role), which the lake
     uses always."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from crpbot_lib.cli.common import AsJson, clear_errors, open_lake, show_table
 from crpbot_lib.config import settings
-from crpbot_lib.gpu import clients, cost, instances, reap, terminate
+from crpbot_lib.gpu import budget, clients, instances, reap, terminate
 
 app = typer.Typer(no_args_is_help=True, help="GPU instances: list, reap, cost.")
 
@@ -67,14 +67,21 @@ def reap_(
         if run and not dry_run:
             living = {i.id for i in instances.find(ec2, gpu.project_tag, run, instances.ALIVE, lake=lake)}
             ended = terminate.terminate_run(ec2, lake, gpu, run)
-            rows = [
-                {"id": i.id, "action": "terminated" if i.id in living else "had ended", "why": f"--run {run}", "state": i.state}
+            usd = {bill.id: bill.usd for entry in budget.settle(ec2, lake, ended) for bill in entry.bills}
+            rows: list[dict[str, Any]] = [
+                {
+                    "id": i.id,
+                    "action": "terminated" if i.id in living else "had ended",
+                    "why": f"--run {run}",
+                    "state": i.state,
+                    "usd": usd.get(i.id),
+                }
                 for i in ended
             ]
         else:
             verdicts = reap.reap(ec2, lake, gpu, lambda _: None, dry_run=dry_run)
             rows = [
-                {"id": v.instance.id, "action": v.action, "why": v.why, "state": v.instance.state}
+                {"id": v.instance.id, "action": v.action, "why": v.why, "state": v.instance.state, "usd": v.usd}
                 for v in verdicts
                 if not run or v.instance.run == run
             ]
@@ -82,7 +89,8 @@ def reap_(
         typer.echo(json.dumps(rows, indent=1))
         return
     for row in rows:
-        typer.echo(f"{'would ' if dry_run and row['action'] != 'keep' else ''}{row['action']} {row['id']}: {row['why']}")
+        came_to = f", came to ${row['usd']:.4f}" if row["usd"] is not None else ""
+        typer.echo(f"{'would ' if dry_run and row['action'] != 'keep' else ''}{row['action']} {row['id']}: {row['why']}{came_to}")
     if not rows:
         typer.echo("nothing to reap")
 
@@ -90,16 +98,33 @@ def reap_(
 @app.command("cost")
 def cost_(
     run: Annotated[str, typer.Argument(help="name of the training run; without it every run that has a report")] = "",
+    month: Annotated[str, typer.Option("--month", help="the ledger of one UTC month, e.g. 2026-11, against its cap")] = "",
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="first write the ledger anew from launch records, tags and spot price history")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """The recorded cost of one training run, or of all."""
+    """What training runs cost: their reports, or with --month the ledger that the caps go by."""
     with clear_errors():
-        _, lake = open_lake()
-        bills = cost.reports(lake, run or None)
+        if run and (month or rebuild):
+            raise typer.BadParameter("a run has a report of its own; leave RUN out with --month or --rebuild")
+        if month:
+            _month(month)
+        current, lake = open_lake()
+        if rebuild:
+            entries = budget.rebuild(clients.ec2(current.gpu.region), lake, current.gpu)
+            if not month:
+                months = sorted({entry.month for entry in entries})
+                _show([budget.month_report(lake, current.gpu, name) for name in months], as_json)
+                return
+        if month:
+            _show([budget.month_report(lake, current.gpu, month)], as_json, single=True)
+            return
+        bills = budget.reports(lake, run or None)
     if as_json:
         typer.echo(json.dumps(bills, indent=1))
         return
-    table = Table("run", "instance", "type", "market", "seconds", "USD/h", "USD", "on demand", "state")
+    table = Table("run", "instance", "type", "market", "billed s", "USD/h", "USD", "on demand", "saved", "price by", "state")
     for bill in bills:
         for row in bill["instances"]:
             table.add_row(
@@ -107,9 +132,42 @@ def cost_(
                 row["id"],
                 row["type"],
                 row["market"],
-                f"{row['seconds']:.0f}",
-                *(f"{row[k]:.4f}" if row[k] is not None else "unknown" for k in ("usd_per_hour", "usd", "on_demand_usd")),
+                f"{row['billed_seconds']:.0f}",
+                *(
+                    f"{row[k]:.4f}" if row[k] is not None else "unknown"
+                    for k in ("usd_per_hour", "usd", "on_demand_usd", "saved_usd")
+                ),
+                row["price_source"],
                 row["state"],
             )
     show_table(table)
-    typer.echo(f"total ${sum(b['usd'] for b in bills):.4f}, on demand ${sum(b['on_demand_usd'] for b in bills):.4f}")
+    paid, on_demand, saved = (sum(b[k] for b in bills) for k in ("usd", "on_demand_usd", "saved_usd"))
+    typer.echo(f"total ${paid:.4f}, on demand ${on_demand:.4f}, saved ${saved:.4f}")
+
+
+def _month(value: str) -> None:
+    try:
+        parsed = datetime.strptime(value, "%Y-%m").replace(tzinfo=UTC)
+    except ValueError:
+        parsed = None
+    if parsed is None or f"{parsed:%Y-%m}" != value:
+        raise typer.BadParameter(f"{value!r} is not a month; write it as 2026-11")
+
+
+def _show(reports: list[dict[str, Any]], as_json: bool, *, single: bool = False) -> None:
+    """The ledger's months, as tables or as one JSON value."""
+    if as_json:
+        typer.echo(json.dumps(reports[0] if single else reports, indent=1))
+        return
+    if not reports:
+        typer.echo("the ledger is empty: nothing was launched from this lake")
+    for report in reports:
+        table = Table("run", "generation", "state", "billed s", "USD", "on demand", "saved", "counts as", title=report["month"])
+        for row in report["launches"]:
+            figures = (f"{row[k]:.4f}" for k in ("usd", "on_demand_usd", "saved_usd", "counted_usd"))
+            table.add_row(row["run"], str(row["generation"]), row["state"], f"{row['billed_seconds']:.0f}", *figures)
+        show_table(table)
+        typer.echo(
+            f"{report['month']}: paid ${report['usd']:.4f}, on demand ${report['on_demand_usd']:.4f}, saved "
+            f"${report['saved_usd']:.4f}; ${report['counted_usd']:.4f} counts against the cap of ${report['max_month_usd']:.2f}"
+        )

@@ -20,7 +20,9 @@ TAG_PROJECT = "crpbot:project"
 TAG_LAKE = "crpbot:lake"
 TAG_RUN = "crpbot:run"
 TAG_GENERATION = "crpbot:generation"
+TAG_LAUNCH = "crpbot:launch"
 TAG_DEADLINE = "crpbot:deadline"
+TAG_MAX_PRICE = "crpbot:max-usd-per-hour"
 TAG_OWNER = "crpbot:owner"
 TAG_DAG = "crpbot:dag"
 TAG_DAG_RUN = "crpbot:dag-run"
@@ -38,6 +40,10 @@ UTC_NOW: Callable[[], datetime] = lambda: datetime.now(UTC)  # noqa: E731
 
 class GpuError(Exception):
     """An instance could not be handled as asked; the message says what to do."""
+
+
+class LaunchRefusedError(GpuError):
+    """The launch is refused for a reason that repeating does not mend: quota, permission, parameters, budget."""
 
 
 def lake_id(lake: Lake) -> str:
@@ -74,6 +80,14 @@ class Instance:
             return 0
 
     @property
+    def sequence(self) -> int:
+        """The number of the launch record that it was made by, from 1; 0 when the tag is missing or unreadable."""
+        try:
+            return int(self.tags[TAG_LAUNCH])
+        except (KeyError, ValueError):
+            return 0
+
+    @property
     def alive(self) -> bool:
         return self.state in ALIVE
 
@@ -85,6 +99,19 @@ class Instance:
         except (KeyError, ValueError):
             return None
         return value if value.tzinfo else value.replace(tzinfo=UTC)
+
+    @property
+    def max_usd_per_hour(self) -> float | None:
+        """The dearest price that can be paid for it; None when the tag is missing or unreadable."""
+        try:
+            return float(self.tags[TAG_MAX_PRICE])
+        except (KeyError, ValueError):
+            return None
+
+
+def newest(found: Iterable[Instance]) -> Instance:
+    """Of one run's instances that of the latest launch, which alone may stay alive."""
+    return max(found, key=lambda i: (i.generation, i.sequence, i.launched_at, i.id))
 
 
 def find(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from crpbot_lib.config import GpuSettings
-from crpbot_lib.gpu import instances
+from crpbot_lib.gpu import budget, instances
 from crpbot_lib.gpu.instances import UTC_NOW, Instance
 from crpbot_lib.gpu.terminate import TerminationError, terminate
-from crpbot_lib.lake import Lake
+from crpbot_lib.lake import Lake, LakeError
 
 if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client
@@ -27,18 +27,23 @@ BOOT_GRACE = timedelta(minutes=5)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the reaper decided about one living instance: ``keep``, ``suspect`` (ends on the next pass) or ``terminate``."""
+    """What the reaper decided about one living instance: ``keep``, ``suspect`` (ends on the next pass) or ``terminate``.
+
+    ``usd``: what it came to, where it was ended and its price is known."""
 
     instance: Instance
     action: str
     why: str
+    usd: float | None = None
 
 
-def judge(instance: Instance, run_ended: bool | None, now: datetime) -> Verdict:
-    """The rule. ``run_ended``: True, False, or None when nobody knows; then only the deadline counts.
+def judge(instance: Instance, run_ended: bool | None, now: datetime, *, overtaken: bool = False) -> Verdict:
+    """The rule. ``run_ended``: True, False, or None when nobody knows; then only the deadline counts. ``overtaken``: a later launch
+    of the same run is alive.
 
-    Past the deadline, or with no readable deadline after the boot grace: terminate. A run that has ended: suspect on the first
-    pass, terminate on the second, so that a state read at the wrong moment kills nothing.
+    Past the deadline, which its tag alone says, or with no readable deadline after the boot grace: terminate. A run that has ended,
+    or another instance that has taken over: suspect on the first pass, terminate on the second, so that a state read at the wrong
+    moment kills nothing.
     """
     age = now - instance.launched_at
     deadline = instance.deadline
@@ -48,10 +53,11 @@ def judge(instance: Instance, run_ended: bool | None, now: datetime) -> Verdict:
         return Verdict(instance, "keep", f"launched {age.total_seconds():.0f} s ago")
     if deadline is None:
         return Verdict(instance, "terminate", f"carries no readable {instances.TAG_DEADLINE} tag")
-    if run_ended:
+    if run_ended or overtaken:
+        why = "its run has ended" if run_ended else "a later launch of its run is alive"
         if instances.TAG_REAP in instance.tags:
-            return Verdict(instance, "terminate", f"its run has ended (first seen {instance.tags[instances.TAG_REAP]})")
-        return Verdict(instance, "suspect", "its run has ended; ends on the next pass")
+            return Verdict(instance, "terminate", f"{why} (first seen {instance.tags[instances.TAG_REAP]})")
+        return Verdict(instance, "suspect", f"{why}; ends on the next pass")
     return Verdict(
         instance,
         "keep",
@@ -73,14 +79,15 @@ def reap(
     ``run_ended`` is asked only about instances that work on ``lake``: of another deployment's runs nothing is known here, so for
     its instances only the deadline counts.
     An API error while looking propagates: "could not look" is never reported as "nothing there". One while acting on an instance
-    keeps none of the others from being ended; TerminationError at the end names them all.
+    keeps none of the others from being ended; TerminationError at the end names them all. What has ended, by whatever hand, is
+    entered into the ledger.
     """
     at = now()
     own = instances.lake_id(lake)
     failed: list[str] = []
+    alive = instances.find(ec2, gpu.project_tag, states=instances.ALIVE)
     verdicts = [
-        judge(i, run_ended(i) if i.tags.get(instances.TAG_LAKE) == own else None, at)
-        for i in instances.find(ec2, gpu.project_tag, states=instances.ALIVE)
+        judge(i, run_ended(i) if i.tags.get(instances.TAG_LAKE) == own else None, at, overtaken=_overtaken(i, alive)) for i in alive
     ]
     for verdict in verdicts:
         i = verdict.instance
@@ -108,9 +115,35 @@ def reap(
             failed.append(f"{i.id} could not be marked: {error}")
     if not verdicts:
         log.info("no living instance tagged %s=%s", instances.TAG_PROJECT, gpu.project_tag)
+    if not dry_run:
+        try:
+            verdicts = _with_costs(ec2, lake, gpu, verdicts, now)
+        except (ClientError, BotoCoreError, LakeError) as error:
+            # after all that had to end was asked to
+            failed.append(f"the ledger could not be brought up to date: {error}")
     if failed:
         raise TerminationError(
-            f"{len(failed)} of {len(verdicts)} instances could not be handled: {'; '.join(failed)}. "
+            f"{len(failed)} failures with {len(verdicts)} instances: {'; '.join(failed)}. "
             "The next pass tries again; end what stays by hand in the EC2 console."
         )
     return verdicts
+
+
+def _overtaken(instance: Instance, alive: list[Instance]) -> bool:
+    same = [i for i in alive if all(i.tags.get(t) == instance.tags.get(t) for t in (instances.TAG_LAKE, instances.TAG_RUN))]
+    return bool(instance.run) and instances.newest(same) is not instance
+
+
+def _with_costs(
+    ec2: EC2Client, lake: Lake, gpu: GpuSettings, verdicts: list[Verdict], now: Callable[[], datetime]
+) -> list[Verdict]:
+    """Enters every ended instance into the ledger, and says of those that were ended here what they came to."""
+    entries = budget.settle(ec2, lake, instances.find(ec2, gpu.project_tag, lake=lake), now=now)
+    usd = {bill.id: bill.usd for entry in entries for bill in entry.bills}
+    told: list[Verdict] = []
+    for verdict in verdicts:
+        if verdict.action == "terminate" and (spent := usd.get(verdict.instance.id)) is not None:
+            log.warning("%s of run %s came to $%.4f", verdict.instance.id, verdict.instance.run, spent)
+            verdict = replace(verdict, usd=spent)
+        told.append(verdict)
+    return told

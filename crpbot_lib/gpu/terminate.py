@@ -53,11 +53,13 @@ def terminate_run(
     gpu: GpuSettings,
     run: str,
     *,
+    generation: int | None = None,
     now: Callable[[], datetime] = UTC_NOW,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[Instance]:
     """Terminates every instance tagged with ``run`` of ``lake`` and waits until each is ``terminated``.
 
+    ``generation``: only those of generations up to this one, for a launcher that replaces it while another may have done so.
     Looks twice, with ``gpu.visibility_grace_seconds`` between, before it believes that there is nothing to end. Returns the
     run's instances, all terminated. Raises TerminationError when one is not within ``gpu.termination_timeout_seconds``.
     """
@@ -67,6 +69,8 @@ def terminate_run(
     while True:
         try:
             seen = instances.find(ec2, gpu.project_tag, run, lake=lake)
+            if generation is not None:
+                seen = [i for i in seen if i.generation <= generation]
             alive = [i for i in seen if i.alive]
             if alive:
                 log.info("terminating %s of %s", ", ".join(f"{i.id} ({i.type}, {i.state})" for i in alive), run)

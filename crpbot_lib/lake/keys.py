@@ -60,6 +60,19 @@ def launch(run: str, generation: int) -> str:
     return training_run(run, f"launches/{generation:03d}.json")
 
 
+LEDGER = "ledger/"
+
+
+def ledger_month(month: str) -> str:
+    """The prefix of what the launches of one UTC month, written 2026-11, cost."""
+    return f"{LEDGER}month={month}/"
+
+
+def ledger(month: str, run: str, generation: int) -> str:
+    """What one generation of a run cost, or may cost yet, under the month in which it was begun."""
+    return f"{ledger_month(month)}{run}-{generation:03d}.json"
+
+
 def run_symbol(run: str, symbol: str, name: str) -> str:
     """A file that training wrote for one symbol: ``model.pt``, ``metrics.json``."""
     return training_run(run, f"{symbol}/{name}")

@@ -19,7 +19,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from crpbot_airflow.triggers import TrainingJobTrigger
 from crpbot_lib.config import settings
-from crpbot_lib.gpu import cost, launch, reap, terminate, watch
+from crpbot_lib.gpu import budget, launch, reap, terminate, watch
 from crpbot_lib.gpu.instances import TAG_DAG, TAG_DAG_RUN, Instance
 from crpbot_lib.lake import Lake
 
@@ -181,20 +181,31 @@ class ReapInstances(BaseOperator):
 
 
 def cost_of_run(run: str) -> dict[str, Any]:
-    """The bill of one run, logged as a line an instance and kept in the lake."""
+    """The bill of one run, logged as a line an instance, entered into the ledger and kept in the lake."""
     current = settings()
-    bill = cost.report(_ec2_hook().conn, Lake(current.lake), current.gpu, run)
-    for row in bill["instances"]:
+    report = budget.report(_ec2_hook().conn, Lake(current.lake), current.gpu, run)
+    for row in report["instances"]:
         log.info(
-            "%s %s %s: %.0f s at $%s/h = $%s (on demand $%s), %s",
+            "%s %s %s in %s: %.0f s billed at $%s/h (by %s) = $%s, on demand $%s, saved $%s; %s",
             row["id"],
             row["type"],
             row["market"],
-            row["seconds"],
+            row["zone"],
+            row["billed_seconds"],
             row["usd_per_hour"],
+            row["price_source"],
             row["usd"],
             row["on_demand_usd"],
+            row["saved_usd"],
             row["state"],
         )
-    log.info("run %s cost $%.4f (on demand $%.4f), %d instance(s)", run, bill["usd"], bill["on_demand_usd"], len(bill["instances"]))
-    return bill
+    log.info(
+        "run %s: %.0f s billed, $%.4f paid, on demand $%.4f, saved $%.4f, %d instance(s)",
+        run,
+        report["billed_seconds"],
+        report["usd"],
+        report["on_demand_usd"],
+        report["saved_usd"],
+        len(report["instances"]),
+    )
+    return report

@@ -68,8 +68,8 @@ def test_a_launcher_that_died_before_it_saw_the_answer_gets_the_same_instance_ev
         ec2.run_instances(**request)
         raise ReadTimeoutError(endpoint_url="https://ec2")
 
-    with pytest.raises(ReadTimeoutError):
-        launch.ensure_instance(wrapped(ec2, run_instances=launch_and_lose_the_answer), lake, gpu, run)
+    with pytest.raises(launch.LaunchUnresolvedError, match=r"5 requests to launch g4dn\.xlarge \(spot\) .* had no clear answer"):
+        launch.ensure_instance(wrapped(ec2, run_instances=launch_and_lose_the_answer), lake, gpu, run, sleep=lambda _: None)
     (lost,) = alive(ec2, gpu, run)
 
     class Nothing:
@@ -100,22 +100,60 @@ def test_launchers_at_the_same_time_get_one_instance(ec2: Any, gpu: GpuSettings,
     assert len(alive(ec2, gpu, run)) == 1
 
 
+def test_an_answer_that_is_lost_is_asked_for_with_the_same_token_before_anything_else_is_tried(
+    ec2: Any, gpu: GpuSettings, lake: Lake, wrapped: Any, run: str
+) -> None:
+    tokens: list[str] = []
+    waits: list[float] = []
+
+    def lose_the_first_two(**request: Any) -> Any:
+        tokens.append(request["ClientToken"])
+        answer = ec2.run_instances(**request)
+        if len(tokens) == 1:
+            raise ReadTimeoutError(endpoint_url="https://ec2")
+        if len(tokens) == 2:
+            error: Any = {"Error": {"Code": "InternalError"}, "ResponseMetadata": {"HTTPStatusCode": 500}}
+            raise ClientError(error, "RunInstances")
+        return answer
+
+    launched = launch.ensure_instance(wrapped(ec2, run_instances=lose_the_first_two), lake, gpu, run, sleep=waits.append)
+    assert (len(tokens), len(set(tokens)), waits) == (3, 1, [2, 4])
+    assert [i.id for i in alive(ec2, gpu, run)] == [launched.id]
+    assert len(launch.records(lake, run)) == 1
+
+
+@pytest.mark.parametrize("mode", ["legacy", "standard", "adaptive"])
+def test_a_missing_capacity_is_asked_for_once_whatever_the_clients_retry_mode(
+    mode: Any, gpu: GpuSettings, lake: Lake, no_capacity: Callable[..., None], cloud: Sandbox, run: str
+) -> None:
+    client = boto3.session.Session().client("ec2", region_name=gpu.region, config=Config(retries={"mode": mode}))
+    asked: list[str] = []
+    client.meta.events.register("before-send.ec2.RunInstances", lambda request, **_: asked.append(request.url))
+    no_capacity("g4dn.xlarge")
+    assert launch.ensure_instance(client, lake, gpu, run).type == "g5.xlarge"
+    # botocore's own retries would have sent each of the refused three or five times
+    assert len(asked) == len(launch.records(lake, run)) > 1
+    terminate_run(client, lake, gpu, run)
+
+
 def test_without_capacity_the_next_candidate_is_tried_and_each_try_is_recorded(
     ec2: Any, gpu: GpuSettings, lake: Lake, no_capacity: Callable[..., None], run: str
 ) -> None:
     no_capacity("g4dn.xlarge")
     assert launch.ensure_instance(ec2, lake, gpu, run).type == "g5.xlarge"
-    assert [(r.sequence, r.generation, r.instance_type) for r in launch.records(lake, run)] == [
-        (1, 1, "g4dn.xlarge"),
-        (2, 1, "g5.xlarge"),
-    ]
+    *refused, taken = launch.records(lake, run)
+    zones = {o.zone for o in launch.candidates_by_price(ec2, gpu) if o.instance_type == "g4dn.xlarge"}
+    assert [(r.generation, r.instance_type, r.sequence) for r in refused] == [(1, "g4dn.xlarge", n + 1) for n in range(len(zones))]
+    assert {r.zone for r in refused} == zones
+    assert (taken.generation, taken.instance_type, taken.sequence) == (1, "g5.xlarge", len(zones) + 1)
 
 
 def test_without_any_capacity_the_error_says_what_was_tried_and_a_later_try_begins_anew(
     ec2: Any, gpu: GpuSettings, lake: Lake, no_capacity: Callable[..., None], run: str
 ) -> None:
     no_capacity("g4dn.xlarge", "g5.xlarge")
-    with pytest.raises(launch.NoCapacityError, match=r"g4dn\.xlarge \(spot\), g5\.xlarge \(spot\) were refused"):
+    tried = r"g4dn\.xlarge \(spot\), g5\.xlarge \(spot\) were refused in us-east-1a, us-east-1b"
+    with pytest.raises(launch.NoCapacityError, match=tried):
         launch.ensure_instance(ec2, lake, gpu, run)
     assert alive(ec2, gpu, run) == []
 
@@ -125,33 +163,98 @@ def test_without_any_capacity_the_error_says_what_was_tried_and_a_later_try_begi
 
 
 def test_on_demand_comes_last_and_only_where_it_is_allowed(ec2: Any, gpu: GpuSettings) -> None:
-    spot_only = [(c.instance_type, market) for c, market, *_ in launch.candidates_by_price(ec2, gpu)]
-    assert spot_only == [("g4dn.xlarge", "spot"), ("g5.xlarge", "spot")]
-    both = launch.candidates_by_price(ec2, gpu.model_copy(update={"allow_on_demand": True}))
-    assert [(c.instance_type, market) for c, market, *_ in both[2:]] == [("g4dn.xlarge", "on-demand"), ("g5.xlarge", "on-demand")]
+    spot = [(o.instance_type, o.market) for o in launch.candidates_by_price(ec2, gpu)]
+    assert list(dict.fromkeys(spot)) == [("g4dn.xlarge", "spot"), ("g5.xlarge", "spot")]
+    both = [(o.instance_type, o.market) for o in launch.candidates_by_price(ec2, gpu.model_copy(update={"allow_on_demand": True}))]
+    assert both[: len(spot)] == spot
+    assert list(dict.fromkeys(both[len(spot) :])) == [("g4dn.xlarge", "on-demand"), ("g5.xlarge", "on-demand")]
 
 
-def test_the_present_price_of_every_zone_is_asked_for_and_the_dearest_makes_the_worst_case(
-    gpu: GpuSettings, lake: Lake, cloud: Sandbox, run: str, caplog: pytest.LogCaptureFixture
+AT = datetime(2025, 5, 29, tzinfo=UTC)
+
+
+def zoned(**prices: float) -> list[dict[str, Any]]:
+    """Spot prices as EC2 tells them: ``g5_a=0.3`` is g5.xlarge in us-east-1a."""
+    return [
+        {
+            "InstanceType": f"{name[:-2]}.xlarge",
+            "AvailabilityZone": f"us-east-1{name[-1]}",
+            "SpotPrice": str(price),
+            "Timestamp": AT - timedelta(hours=1),
+        }
+        for name, price in prices.items()
+    ]
+
+
+def candidates(gpu: GpuSettings, *subnets: str, **more: Any) -> GpuSettings:
+    """Two types in the same subnets."""
+    both = tuple(
+        GpuCandidate(instance_type=f"{name}.xlarge", gpu="any", on_demand_usd_per_hour=price, subnet_ids=subnets)
+        for name, price in (("g5", 1.0), ("g6", 0.8))
+    )
+    return gpu.model_copy(update={"candidates": both, **more})
+
+
+def test_every_type_is_a_candidate_in_every_subnet_by_the_price_of_the_subnets_own_zone(
+    gpu: GpuSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = boto3.session.Session().client("ec2", region_name=gpu.region)
-    at = datetime(2025, 5, 29, tzinfo=UTC)
-    single = gpu.model_copy(update={"candidates": (GpuCandidate(instance_type="g5.xlarge", gpu="A10G", on_demand_usd_per_hour=1),)})
-    pages = [
-        {"SpotPriceHistory": [{"AvailabilityZone": f"us-east-1{zone}", "SpotPrice": price, "Timestamp": at}], "NextToken": token}
-        for zone, price, token in (("a", "0.5", "more"), ("b", "0.3", ""))
-    ]
-    asked = {"InstanceTypes": ["g5.xlarge"], "ProductDescriptions": ["Linux/UNIX"], "StartTime": at}
-    with Stubber(client) as stub, caplog.at_level("INFO", logger="crpbot_lib.gpu.launch"):
-        stub.add_response("describe_instances", {"Reservations": []})
-        stub.add_response("describe_spot_price_history", pages[0], asked)
-        stub.add_response("describe_spot_price_history", pages[1], {**asked, "NextToken": "more"})
-        stub.add_client_error("run_instances", "RequestLimitExceeded", http_status_code=503)
-        with pytest.raises(ClientError, match="RequestLimitExceeded"):
-            launch.ensure_instance(client, lake, single, run, now=lambda: at)
+    listed = {"Subnets": [{"SubnetId": f"subnet-{z}", "AvailabilityZone": f"us-east-1{z}"} for z in "ab"]}
+    no_longer_in_force = {**zoned(g5_a=0.1)[0], "Timestamp": AT - timedelta(days=2)}
+    prices = [*zoned(g5_a=0.5, g5_b=0.3, g5_c=0.01, g6_b=0.9), no_longer_in_force]
+    asked = {"InstanceTypes": ["g5.xlarge", "g6.xlarge"], "ProductDescriptions": ["Linux/UNIX"], "StartTime": AT}
+    with Stubber(client) as stub:
+        stub.add_response("describe_subnets", listed, {"SubnetIds": ["subnet-b", "subnet-a"]})
+        stub.add_response("describe_spot_price_history", {"SpotPriceHistory": prices[:2], "NextToken": "more"}, asked)
+        stub.add_response("describe_spot_price_history", {"SpotPriceHistory": prices[2:]}, {**asked, "NextToken": "more"})
+        allowed = candidates(gpu, "subnet-b", "subnet-a", allow_on_demand=True)
+        offers = launch.candidates_by_price(client, allowed, now=lambda: AT)
         stub.assert_no_pending_responses()
-    assert launch.records(lake, run)[0].price_usd_per_hour == 0.3
-    assert "worst case of this launch $1.00 (120 min)" in caplog.text
+    assert [(o.instance_type, o.subnet_id, o.market, o.zone, o.price_usd_per_hour, o.max_usd_per_hour) for o in offers] == [
+        ("g5.xlarge", "subnet-b", "spot", "us-east-1b", 0.3, 1.0),
+        ("g5.xlarge", "subnet-a", "spot", "us-east-1a", 0.5, 1.0),
+        ("g6.xlarge", "subnet-b", "spot", "us-east-1b", 0.9, 0.9),  # dearer than on demand: the limit follows
+        ("g6.xlarge", "subnet-b", "on-demand", "us-east-1b", 0.8, 0.8),
+        ("g6.xlarge", "subnet-a", "on-demand", "us-east-1a", 0.8, 0.8),
+        ("g5.xlarge", "subnet-b", "on-demand", "us-east-1b", 1.0, 1.0),
+        ("g5.xlarge", "subnet-a", "on-demand", "us-east-1a", 1.0, 1.0),
+    ]
+    assert "no spot price for g6.xlarge in us-east-1a, the zone of subnet-a" in caplog.text
+
+
+def test_the_launch_goes_to_the_candidates_subnet_with_its_limit_of_the_price(
+    ec2: Any, gpu: GpuSettings, lake: Lake, until: Callable[..., None], run: str
+) -> None:
+    subnets = {s["AvailabilityZone"][-1]: s["SubnetId"] for s in ec2.describe_subnets()["Subnets"]}
+    chosen = GpuCandidate(
+        instance_type="g5.xlarge", gpu="A10G", on_demand_usd_per_hour=1.006, subnet_ids=(subnets["c"], subnets["b"])
+    )
+    launched = launch.ensure_instance(ec2, lake, gpu.model_copy(update={"candidates": (chosen,)}), run)
+    assert launched.zone == "us-east-1b"  # cheaper than c
+    assert launched.max_usd_per_hour == 1.006
+    (record,) = launch.records(lake, run)
+    assert (record.subnet_id, record.max_usd_per_hour, record.worst_usd) == (subnets["b"], 1.006, 2.012)
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"), [("InvalidSubnetID.NotFound", "subnet_ids"), ("UnauthorizedOperation", "ec2:DescribeSubnets")]
+)
+def test_a_subnet_that_cannot_be_looked_up_stops_the_launch_and_says_what_to_change(
+    code: str, advice: str, gpu: GpuSettings
+) -> None:
+    client = boto3.session.Session().client("ec2", region_name=gpu.region)
+    with Stubber(client) as stub:
+        stub.add_client_error("describe_subnets", code, "no", http_status_code=400)
+        with pytest.raises(launch.LaunchRefusedError, match=advice):
+            launch.candidates_by_price(client, candidates(gpu, "subnet-0"))
+
+
+def test_a_region_without_default_subnets_asks_for_some_in_the_settings(gpu: GpuSettings) -> None:
+    client = boto3.session.Session().client("ec2", region_name=gpu.region)
+    with Stubber(client) as stub:
+        stub.add_response("describe_subnets", {"Subnets": []}, {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]})
+        with pytest.raises(launch.LaunchRefusedError, match="name some in subnet_ids"):
+            launch.candidates_by_price(client, gpu)
 
 
 def test_a_run_of_the_same_name_in_another_lake_is_another_run(
@@ -178,7 +281,7 @@ def test_a_launcher_that_was_overtaken_ends_what_it_launched_and_takes_the_newer
         return ec2.run_instances(**request)
 
     slower = launch.ensure_instance(wrapped(ec2, run_instances=stall), lake, gpu, run)
-    assert [r.instance_type for r in launch.records(lake, run)] == ["g4dn.xlarge", "g5.xlarge"]
+    assert list(dict.fromkeys(r.instance_type for r in launch.records(lake, run))) == ["g4dn.xlarge", "g5.xlarge"]
     assert (slower.id, slower.type) == (faster[0].id, "g5.xlarge")
     until(lambda: [i.id for i in alive(ec2, gpu, run)] == [slower.id])
 
@@ -216,8 +319,8 @@ def test_changed_settings_do_not_change_a_recorded_launch(ec2: Any, gpu: GpuSett
     def lose(**_: Any) -> Any:
         raise ReadTimeoutError(endpoint_url="https://ec2")
 
-    with pytest.raises(ReadTimeoutError):
-        launch.ensure_instance(wrapped(ec2, run_instances=lose), lake, gpu, run)
+    with pytest.raises(launch.LaunchUnresolvedError):
+        launch.ensure_instance(wrapped(ec2, run_instances=lose), lake, gpu, run, sleep=lambda _: None)
     other = gpu.model_copy(update={"training_image": "crpbot-training:0.2.0"})
     with pytest.raises(launch.LaunchRefusedError, match="start a new run"):
         launch.ensure_instance(ec2, lake, other, run)
@@ -247,20 +350,25 @@ def test_quota_and_permission_errors_stop_at_once_and_say_what_to_change(
 
 @pytest.mark.parametrize(("code", "http"), [("RequestLimitExceeded", 503), ("Throttling", 400), ("InternalError", 500)])
 def test_throttling_and_server_errors_are_no_refusal(code: str, http: int, gpu: GpuSettings, lake: Lake, run: str) -> None:
-    assert isinstance(refused(gpu, lake, run, code, http), ClientError)
+    error = refused(gpu, lake, run, code, http, times=5)
+    assert isinstance(error, launch.LaunchUnresolvedError)
+    assert code in str(error)
 
 
-def refused(gpu: GpuSettings, lake: Lake, run: str, code: str, http: int) -> Exception:
-    """What a launch raises where RunInstances answers with ``code``."""
-    client = boto3.session.Session().client("ec2", region_name=gpu.region, config=Config(retries={"total_max_attempts": 1}))
-    price = {"SpotPriceHistory": [{"AvailabilityZone": "us-east-1a", "SpotPrice": "0.3", "Timestamp": datetime.now(UTC)}]}
-    single = gpu.model_copy(update={"candidates": (GpuCandidate(instance_type="g5.xlarge", gpu="A10G", on_demand_usd_per_hour=1),)})
+def refused(gpu: GpuSettings, lake: Lake, run: str, code: str, http: int, times: int = 1) -> Exception:
+    """What a launch raises where RunInstances answers ``times`` times with ``code``."""
+    client = boto3.session.Session().client("ec2", region_name=gpu.region)
+    single = candidates(gpu, "subnet-a")
     with Stubber(client) as stub:
         stub.add_response("describe_instances", {"Reservations": []})
-        stub.add_response("describe_spot_price_history", price)
-        stub.add_client_error("run_instances", code, "no", http_status_code=http)
-        with pytest.raises((launch.LaunchRefusedError, ClientError)) as raised:
-            launch.ensure_instance(client, lake, single, run)
+        stub.add_response("describe_subnets", {"Subnets": [{"SubnetId": "subnet-a", "AvailabilityZone": "us-east-1a"}]})
+        stub.add_response("describe_spot_price_history", {"SpotPriceHistory": zoned(g5_a=0.3)})
+        stub.add_response("describe_instances", {"Reservations": []})
+        for _ in range(times):
+            stub.add_client_error("run_instances", code, "no", http_status_code=http)
+        with pytest.raises((launch.LaunchRefusedError, launch.LaunchUnresolvedError)) as raised:
+            launch.ensure_instance(client, lake, single, run, sleep=lambda _: None)
+        stub.assert_no_pending_responses()
     return raised.value
 
 

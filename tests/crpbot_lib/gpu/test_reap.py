@@ -90,7 +90,7 @@ def test_an_instance_that_cannot_be_ended_shields_no_other_and_is_named_at_the_e
     ec2.modify_instance_attribute(InstanceId=shielded.id, DisableApiTermination={"Value": True})
     past = datetime.now(UTC) + timedelta(minutes=gpu.max_lifetime_minutes + 1)
     try:
-        with pytest.raises(TerminationError, match=f"1 of 3 instances could not be handled: {shielded.id}"):
+        with pytest.raises(TerminationError, match=f"1 failures with 3 instances: {shielded.id}"):
             reap.reap(ec2, lake, gpu, lambda _: False, now=lambda: past)
         until(lambda: [i.id for i in instances.find(ec2, gpu.project_tag, states=instances.ALIVE)] == [shielded.id])
     finally:
