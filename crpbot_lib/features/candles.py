@@ -8,6 +8,7 @@ starts anew after it, and rows stand again only when the segment is warm, so tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -20,6 +21,8 @@ from crpbot_lib.features.feature import TIMESTAMP
 
 CANDLE_COLUMNS = ("timestamp", "open", "high", "low", "close", "volume")
 POINT_COLUMNS = ("timestamp", "available_at", "price", "market_cap", "total_volume")
+CANDLE_SCHEMA = {column: TIMESTAMP if column == "timestamp" else pl.Float64() for column in CANDLE_COLUMNS}
+POINT_SCHEMA = {column: TIMESTAMP if column in ("timestamp", "available_at") else pl.Float64() for column in POINT_COLUMNS}
 
 
 Check = tuple[str, pl.Expr, str]
@@ -89,8 +92,16 @@ def check_all_time_highs(value: object) -> list[tuple[float, datetime]]:
     checked: list[tuple[float, datetime]] = []
     for position, record in enumerate(records):
         price, at = record if isinstance(record, Sequence) and len(record) == 2 else (None, None)
-        if not isinstance(price, int | float) or not price > 0 or not isinstance(at, datetime) or at.tzinfo is None:
-            raise FeatureError(f"all_time_high[{position}] is {record!r}: expected (price above 0, timestamp with a timezone)")
+        if (
+            isinstance(price, bool)
+            or not isinstance(price, int | float)
+            or not 0 < price < math.inf
+            or not isinstance(at, datetime)
+            or at.tzinfo is None
+        ):
+            raise FeatureError(
+                f"all_time_high[{position}] is {record!r}: expected (finite price above 0, timestamp with a timezone)"
+            )
         checked.append((float(price), at))
     return sorted(checked, key=lambda record: record[1])
 

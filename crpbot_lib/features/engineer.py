@@ -44,7 +44,7 @@ class Engineered:
     """The rows, and what was filled and dropped on the way to them (all counts within the rows' interval)."""
 
     frame: pl.DataFrame
-    """The columns of the file, no nulls; as many chunks as months."""
+    """The columns of the file, no nulls; a chunk for each month that has rows."""
     holes: pl.DataFrame
     """``start``, ``minutes``, ``outage`` of every hole of the 1-minute candles, the warm-up's included."""
     bars: dict[str, dict[str, int]]
@@ -164,7 +164,7 @@ def _months(minutes: pl.DataFrame, first: int, known: Sequence[_Known], groups: 
         # a warm row has its whole warm-up in its own segment: every piece is computed from there on, and from there only
         warm = ((max(begin, first_of + catalog.SEGMENT_WARM_UP), min(end, end_of)) for first_of, end_of in segments)
         pieces = [_base(minutes[keep - catalog.SEGMENT_WARM_UP : stop], groups) for keep, stop in warm if keep < stop]
-        return _rows(pl.concat(pieces), known, groups) if pieces else None
+        return _rows(pl.concat(pieces, rechunk=True), known, groups) if pieces else None
 
     spans = list(pairwise(edges))
     if len(spans) == 1:

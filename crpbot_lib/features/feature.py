@@ -57,7 +57,8 @@ class AsOf:
         self._unknown = unknown if unknown.any() else None
 
     def take(self, column: pl.Series) -> pl.Series:
-        """Of ``column`` (floats of the lines, null where one has none) the value that stands at each time; null where none does."""
+        """Of ``column`` (floats of the lines, no NaN, null where one has none) the value that stands at each time; null where none
+        does."""
         values = column.to_numpy()
         if self._unknown is None:
             return pl.Series(column.name, values[self._line], nan_to_null=column.null_count() > 0)

@@ -150,17 +150,19 @@ ABANDONED_SECONDS = 3600.0
 
 
 class _Directory:
+    """A key never leads out of the directory by its name; a link that somebody puts into it is theirs, and is followed."""
+
     at_once = 1
 
     def __init__(self, root: Path) -> None:
-        self.root = root.resolve()
+        self.root = Path(os.path.abspath(root))
 
     def _path(self, key: str) -> Path:
         # by its name alone: asking the file system about every folder on the way costs more than reading a partition
-        path = os.path.normpath(self.root / key)
-        if path != str(self.root) and not path.startswith(f"{self.root}{os.sep}"):
+        path = Path(os.path.normpath(self.root / key))
+        if not path.is_relative_to(self.root):
             raise LakeError(f"the key {key!r} leads out of {self.root}")
-        return Path(path)
+        return path
 
     def read(self, key: str) -> bytes:
         try:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -20,9 +20,10 @@ from typing import Any
 import polars as pl
 
 from crpbot_lib.config import ALL_GROUPS, Settings, Symbol
-from crpbot_lib.features import catalog, multi_timeframe
+from crpbot_lib.features import candles, catalog, coingecko, multi_timeframe
 from crpbot_lib.features.engineer import engineer, worst
 from crpbot_lib.features.errors import FeatureError
+from crpbot_lib.features.feature import Feature
 from crpbot_lib.features.history import check_history
 from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
 
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 Summary = dict[str, Any]
 DAY = timedelta(days=1)
 
-VARIES_AFTER = {"coingecko_daily": 3 * DAY}
-"""A column that does not change over rows spanning longer than this (2 days where not named) is a placeholder."""
+VARIES_AFTER = coingecko.DAILY_MAX_AGE
+"""A column that does not change over rows spanning longer than this is a placeholder: no point of any series stands longer."""
 
 
 class MissingInputError(FeatureError):
@@ -61,6 +62,8 @@ class CoinGeckoPlaceholderError(PlaceholderError):
     """A CoinGecko feature is all zero or constant: the key is missing, on the wrong plan, or a snapshot stands for history."""
 
 
+_KEY_OR_PLAN = "is the API key missing, or on the wrong plan?"
+_SNAPSHOT = "is it one snapshot in place of the history?"
 Problem = tuple[type[GateError], str]
 """A difference, and the error that it is on its own."""
 
@@ -122,8 +125,8 @@ def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -
     is never replaced by other bytes.
 
     Returns ``symbol, key, rows, dropped, features, hash, sha256, filled, outages, seconds``. MissingInputError when a partition is
-    absent, FeatureError when the inputs are not those of the plan, cannot be used, give no row, or give other bytes than the gated
-    version has.
+    absent, CoinGeckoPlaceholderError when CoinGecko's points are constant, FeatureError when the inputs are not those of the plan,
+    cannot be used, give no row, or give other bytes than the gated version has.
     """
     began = time.monotonic()
     if symbol not in plan["symbols"]:
@@ -136,6 +139,7 @@ def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -
         raise FeatureError(f"{symbol}: the input partitions have changed since version {plan['version']} was planned; plan again")
     series = _series(entry, inputs, contents, start)
     del contents
+    _refuse_placeholders(symbol, series, start)
     points: dict[str, Any] = {name: series.pop(name) for name in ("hourly", "daily") if name in series}
     points["all_time_high"] = list(entry.all_time_highs)
     built = engineer(symbol, entry.feature_groups, series, points, start=_midnight(start))
@@ -202,8 +206,8 @@ def _check_gated(lake: Lake, version: str, symbol: str, sha256: str) -> None:
     if gated != sha256:
         raise FeatureError(
             f"{symbol}: features {version} have passed the gate with sha256 {gated[:16]}…, this build gives {sha256[:16]}…; the "
-            f"file is left as it is. Use it (`crpbot features verify --version {version}`), or build with the polars, numpy and "
-            "pyarrow it was built with (its lock file)"
+            f"file is left as it is. Use it (`crpbot features verify --version {version}`), or build with the polars and numpy it "
+            "was built with (its lock file)"
         )
 
 
@@ -267,16 +271,18 @@ def _check_file(settings: Settings, lake: Lake, version: str, symbol: str, start
         content = lake.read(key)
         sidecar: Summary = lake.read_json(keys.features_sidecar(version, symbol))
         frame = pl.read_parquet(BytesIO(content))
-    except KeyMissingError as error:
+    except (KeyMissingError, UnreadableError) as error:
         return [(GateError, f"{symbol}: {error}; run the build of this symbol again")], {"symbol": symbol}
     except pl.exceptions.PolarsError as error:
         unreadable = f"{symbol}: {lake.url(key)} is not a readable parquet file ({error}); run its build again"
         return [(GateError, unreadable)], {"symbol": symbol}
 
     hash_, sha256 = catalog.catalog_hash(groups), hashlib.sha256(content).hexdigest()
-    problems = _schema_problems(frame, catalog.schema(groups))
-    if not problems:
-        problems = _value_problems(frame, groups, start, end)
+    expected = catalog.schema(groups)
+    problems = _schema_problems(frame, expected)
+    sound = [f for f in catalog.features(groups) if frame.schema.get(f.name) == expected[f.name]]
+    if frame.schema.get("timestamp") == expected["timestamp"]:
+        problems += _value_problems(frame, sound, start, end)
         problems += _share_problems(frame.height, sidecar, start, end, settings.features.min_row_share)
     if sidecar["hash"] != hash_:
         other = f"built under catalog {sidecar['hash']}, today's is {hash_}; plan and build again"
@@ -324,36 +330,55 @@ def _schema_problems(frame: pl.DataFrame, expected: dict[str, pl.DataType]) -> l
     return problems + [(FeatureMismatchError, text) for text in types]
 
 
-def _value_problems(frame: pl.DataFrame, groups: Sequence[str], start: date, end: date) -> list[Problem]:
+def _value_problems(frame: pl.DataFrame, features: Sequence[Feature], start: date, end: date) -> list[Problem]:
+    """What cannot be in the rows of a file, and in those of ``features`` that it has."""
     if frame.is_empty():
         return [(GateError, "no rows")]
     nulls = {c: n for c, n in frame.null_count().row(0, named=True).items() if n}
-    times = frame["timestamp"]
-    first, last = times[0], times[-1]
     texts = [f"nulls: {', '.join(f'{c} {n}' for c, n in nulls.items())}"] if nulls else []
+    times = frame["timestamp"].drop_nulls()
+    first, last = (times[0], times[-1]) if len(times) else (_midnight(start), _midnight(start))
     if not (times.diff().drop_nulls() > timedelta(0)).all():
         texts.append("timestamps are not ascending and unique")
     elif first < _midnight(start) or last >= _midnight(end):
         texts.append(f"rows from {first} to {last} are not within [{start}, {end})")
-    features = [f for f in catalog.FEATURES if f.group in groups]
-    not_finite = [f.name for f in features if not frame[f.name].is_finite().all()]
-    if not_finite:
+    if not_finite := [f.name for f in features if not frame[f.name].is_finite().all()]:
         texts.append(f"not finite: {', '.join(not_finite)}")
     problems: list[Problem] = [(GateError, text) for text in texts]
-    extremes = frame.select(pl.col(f.name).max() - pl.col(f.name).min() for f in features).row(0, named=True)
-    constant = [
-        f for f in features if not f.may_be_constant and last - first > VARIES_AFTER.get(f.group, 2 * DAY) and extremes[f.name] == 0
-    ]
-    ours = [f for f in constant if f.group.startswith("coingecko")]
-    if zero := [f.name for f in ours if frame[f.name][0] == 0]:
-        text = f"CoinGecko features all zero: {', '.join(zero)}; is the API key missing, or on the wrong plan?"
+    if last - first <= VARIES_AFTER:
+        return problems
+    known = frame.select(pl.col(f.name).fill_nan(None) for f in features)
+    least, most = known.min().row(0, named=True), known.max().row(0, named=True)
+    constant = {f.name: least[f.name] for f in features if not f.may_be_constant and least[f.name] == most[f.name] is not None}
+    ours = {f.name for f in features if f.group.startswith("coingecko")}
+    if zero := [name for name, value in constant.items() if name in ours and value == 0]:
+        problems.append((CoinGeckoPlaceholderError, f"CoinGecko features all zero: {', '.join(zero)}; {_KEY_OR_PLAN}"))
+    if same := [f"{name} = {value:g}" for name, value in constant.items() if name in ours and value != 0]:
+        text = f"CoinGecko features constant from {first} to {last}: {', '.join(same)}; {_SNAPSHOT}"
         problems.append((CoinGeckoPlaceholderError, text))
-    if same := [f"{f.name} = {frame[f.name][0]:g}" for f in ours if f.name not in zero]:
-        text = f"CoinGecko features constant from {first} to {last}: {', '.join(same)}; is it one snapshot in place of the history?"
-        problems.append((CoinGeckoPlaceholderError, text))
-    if others := [f"{f.name} = {frame[f.name][0]:g}" for f in constant if f not in ours]:
+    if others := [f"{name} = {value:g}" for name, value in constant.items() if name not in ours]:
         problems.append((PlaceholderError, f"constant from {first} to {last}, as only a placeholder is: {', '.join(others)}"))
     return problems
+
+
+def _refuse_placeholders(symbol: str, series: Mapping[str, pl.DataFrame], start: date) -> None:
+    """Names the known symptom where it begins: of constant points most features are unknown, and no row would be left to judge."""
+    for name in ("hourly", "daily"):
+        if name not in series:
+            continue
+        points = series[name].filter(pl.col("timestamp") >= _midnight(start) - catalog.HOURLY_LEAD_DAYS * DAY)
+        if points.is_empty() or points["timestamp"][-1] - points["timestamp"][0] <= VARIES_AFTER:
+            continue
+        for column in ("price", "market_cap", "total_volume"):
+            values = points[column].drop_nulls()
+            if values.n_unique() != 1:
+                continue
+            said = f"0; {_KEY_OR_PLAN}" if values[0] == 0 else f"{values[0]:g}; {_SNAPSHOT}"
+            since = f"{points['timestamp'][0]:%Y-%m-%d %H:%M} UTC"
+            raise CoinGeckoPlaceholderError(
+                f"{symbol}: {column} of all {len(values)} {name} CoinGecko points since {since} is {said} Mend that and fetch them "
+                "again with `crpbot fetch coingecko`"
+            )
 
 
 def _share_problems(rows: int, sidecar: Summary, start: date, end: date, least: float) -> list[Problem]:
@@ -387,7 +412,6 @@ def _inputs(symbol: Symbol, start: date, end: date) -> list[_Input]:
 
 def _read(lake: Lake, symbol: Symbol, inputs: Sequence[_Input]) -> list[bytes]:
     """The bytes of ``inputs``, in their order; MissingInputError names all that are absent."""
-
     contents = lake.read_each([one.key for one in inputs])
     absent = [one for one, content in zip(inputs, contents, strict=True) if content is None]
     if absent:
@@ -436,21 +460,15 @@ def _decoded(parts: Sequence[tuple[str, bytes]]) -> pl.DataFrame:
         # a chunk a partition would be rechunked by every column that is computed from it
         return pl.read_parquet([content for _, content in parts]).rechunk()
     except pl.exceptions.PolarsError as error:
-        found: dict[tuple[tuple[str, str], ...], list[str]] = {}
         for key, content in parts:
             try:
-                columns = pl.read_parquet(BytesIO(content)).schema
+                schema = dict(pl.read_parquet(BytesIO(content)).schema)
             except pl.exceptions.PolarsError as broken:
                 raise UnreadableError(f"{key} is not a readable parquet file ({broken}); delete it and fetch it again") from broken
-            found.setdefault(tuple((name, str(dtype)) for name, dtype in columns.items()), []).append(key)
-        if len(found) == 1:
-            raise
-        (usual, most), *_, (columns_of_few, few) = sorted(found.items(), key=lambda item: -len(item[1]))
-        apart = ", ".join(f"{name} {dtype}" for name, dtype in columns_of_few if (name, dtype) not in usual)
-        raise UnreadableError(
-            f"{few[0]} has other columns than {len(most)} partitions of its series ({apart or 'fewer, or in another order'}); "
-            "delete it and fetch it again"
-        ) from error
+            if schema not in (candles.CANDLE_SCHEMA, candles.POINT_SCHEMA):
+                has = ", ".join(f"{name} {dtype}" for name, dtype in schema.items())
+                raise UnreadableError(f"{key} has other columns than a partition: {has}; delete it and fetch it again") from error
+        raise
 
 
 def _parquet(frame: pl.DataFrame) -> bytes:

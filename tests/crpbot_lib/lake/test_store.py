@@ -55,6 +55,14 @@ def test_what_is_written_is_read(lake: Lake) -> None:
     assert lake.read("a/b.bin") == b"two"
 
 
+def test_many_are_read_in_the_order_in_which_they_are_asked_for(lake: Lake) -> None:
+    for number in range(20):
+        lake.write(f"n/{number}", str(number).encode())
+    asked = [*range(19, -1, -1), 99, 3]
+    assert lake.read_each([f"n/{number}" for number in asked]) == [None if n == 99 else str(n).encode() for n in asked]
+    assert lake.read_each([]) == []
+
+
 def test_an_absent_key_is_named_by_its_address(lake: Lake) -> None:
     for ask in (lake.read, lake.read_json, lake.read_frame, lake.tags):
         with pytest.raises(KeyMissingError, match=f"^{lake.url('a/b')} does not exist$"):
@@ -200,6 +208,10 @@ class TestDirectory:
         for ask in (lambda: lake.write(key, b"x"), lambda: lake.read(key), lambda: lake.exists(key)):
             with pytest.raises(LakeError, match="leads out of"):
                 ask()
+
+    def test_the_root_of_the_machine_may_be_the_lake(self, tmp_path: Path) -> None:
+        (tmp_path / "k").write_bytes(b"x")
+        assert Lake("file:///").read(f"{tmp_path}/k"[1:]) == b"x"
 
     def test_spaces_in_the_address(self, tmp_path: Path) -> None:
         Lake(f"file://{tmp_path}/a%20lake").write("k", b"x")

@@ -222,20 +222,45 @@ def test_a_history_that_begins_late_needs_a_dated_record(lake: Lake) -> None:
         (lambda _: b"", "is not a readable parquet file"),
         (
             lambda data: _bytes(pl.read_parquet(BytesIO(data)).rename({"close": "last"})),
-            r"has other columns than 3 partitions of its series \(last Float64\)",
+            "has other columns than a partition: timestamp .*, last Float64, volume Float64",
         ),
-        (
-            lambda data: _bytes(pl.read_parquet(BytesIO(data)).drop("volume")),
-            r"has other columns .* \(fewer, or in another order\)",
-        ),
+        (lambda data: _bytes(pl.read_parquet(BytesIO(data)).drop("volume")), "has other columns than a partition: timestamp .*"),
     ],
     ids=["half", "empty", "renamed", "fewer"],
 )
-def test_a_spoilt_partition_is_named(settings: Settings, lake: Lake, spoil: Callable[[bytes], bytes], message: str) -> None:
-    key = keys.candles("1m", "ETH-USD", START + DAY)
+@pytest.mark.parametrize("day", [START - DAY, START + DAY], ids=["first", "inner"])
+def test_a_spoilt_partition_is_named(
+    settings: Settings, lake: Lake, spoil: Callable[[bytes], bytes], message: str, day: date
+) -> None:
+    key = keys.candles("1m", "ETH-USD", day)
     lake.write(key, spoil(lake.read(key)))
     plan = plan_features(settings, lake, ["ETH-USD"], START, END)
     with pytest.raises(UnreadableError, match=f"{re.escape(key)} {message}.*; delete it and fetch it again"):
+        build_features(settings, lake, plan, "ETH-USD")
+    assert not lake.keys("features/")
+
+
+@pytest.mark.parametrize(
+    ("series", "change", "message"),
+    [
+        (
+            "hourly",
+            {"price": 0.0, "market_cap": 0.0, "total_volume": 0.0},
+            "price of all .* hourly .* is 0; is the API key missing",
+        ),
+        ("daily", {"price": 0.0, "market_cap": 0.0, "total_volume": 0.0}, "price of all .* daily .* is 0; is the API key missing"),
+        ("daily", {"market_cap": 3.1e11}, r"market_cap of all .* daily .* is 3.1e\+11; is it one snapshot in place of the history"),
+        ("hourly", {"total_volume": 0.0}, "total_volume of all .* hourly .* is 0; is the API key missing, or on the wrong plan"),
+    ],
+    ids=["hourly zero", "daily zero", "daily snapshot", "hourly volume"],
+)
+def test_constant_points_are_named_before_their_features_are_unknown(
+    settings: Settings, lake: Lake, series: str, change: dict[str, float], message: str
+) -> None:
+    for key in lake.keys(f"raw/coingecko/{series}/coin=ethereum/"):
+        lake.write_frame(key, lake.read_frame(key).with_columns(**{name: pl.lit(value) for name, value in change.items()}))
+    plan = plan_features(settings, lake, ["ETH-USD"], START, END)
+    with pytest.raises(CoinGeckoPlaceholderError, match=f"ETH-USD: {message}"):
         build_features(settings, lake, plan, "ETH-USD")
     assert not lake.keys("features/")
 
@@ -324,6 +349,10 @@ def test_hourly_points_are_asked_for_from_the_listing_on(lake: Lake) -> None:
     assert inputs == 4 + (5 + 3) + 1
 
 
+def _zero_but_first(name: str, first: float | None) -> pl.Expr:
+    return pl.when(pl.int_range(pl.len()) == 0).then(pl.lit(first, pl.Float32)).otherwise(pl.lit(0.0, pl.Float32)).alias(name)
+
+
 class TestGate:
     """The difference is readable, names the symbol, and nothing is published."""
 
@@ -366,6 +395,22 @@ class TestGate:
                 PlaceholderError,
                 "constant from .* as only a placeholder is: rsi = 50",
             ),
+            (
+                lambda f: f.with_columns(_zero_but_first("rsi_1h", None)),
+                CoinGeckoPlaceholderError,
+                "nulls: rsi_1h 1.*CoinGecko features all zero: rsi_1h",
+            ),
+            (
+                lambda f: f.with_columns(_zero_but_first("rsi_1h", float("nan"))),
+                CoinGeckoPlaceholderError,
+                "not finite: rsi_1h.*CoinGecko features all zero: rsi_1h",
+            ),
+            (
+                lambda f: f.drop("5m_open").with_columns(pl.lit(0.0, pl.Float32).alias("rsi_1h")),
+                MultiTimeframeMissingError,
+                "multi-TF features missing: 5m_open.*CoinGecko features all zero: rsi_1h",
+            ),
+            (lambda f: f.with_columns(pl.col("timestamp").shift(1)), GateError, "nulls: timestamp 1"),
             (lambda f: f.with_columns(pl.col("macd").shift(1)), GateError, "nulls: macd 1"),
             (lambda f: f.reverse(), GateError, "timestamps are not ascending"),
             (lambda f: f.with_columns(pl.col("timestamp") + DAY), GateError, "are not within"),
@@ -421,6 +466,15 @@ class TestGate:
         build_features(settings, lake, plan, "ETH-USD")
         monkeypatch.setattr(catalog, "catalog_hash", lambda _: "another")
         with pytest.raises(GateError, match=r"ETH-USD: built under catalog [0-9a-f]{16}, today's is another; plan and build again"):
+            gate_features(settings, lake, plan)
+
+    def test_a_sidecar_that_cannot_be_read_hides_no_other_symbol(self, settings: Settings, lake: Lake) -> None:
+        plan = plan_features(settings, lake, ["BTC-USD", "ETH-USD"], START, END)
+        for symbol in plan["symbols"]:
+            build_features(settings, lake, plan, symbol)
+        _rewrite(lake, plan, "BTC-USD", lambda f: f.drop("rsi"))
+        lake.write(keys.features_sidecar(plan["version"], "ETH-USD"), b"{")
+        with pytest.raises(FeatureMismatchError, match=r"(?s)BTC-USD: 72 numeric features.*ETH-USD: .* is not JSON"):
             gate_features(settings, lake, plan)
 
     def test_a_symbol_that_was_not_built(self, settings: Settings, lake: Lake) -> None:
