@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from moto.core.models import DEFAULT_ACCOUNT_ID
 from moto.moto_api._internal.models import moto_api_backend
 from moto.server import ThreadedMotoServer
 
-from crpbot_lib.config import GpuSettings
+from crpbot_lib.config import GpuSettings, Settings
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 TEMPLATE = INFRA / "crpbot.yaml"
@@ -63,9 +62,18 @@ class Stack:
         rendered: dict[str, Any] = clean_json(self._resources._resource_json_map[logical]["Properties"], self._resources)
         return rendered
 
-    def settings(self) -> dict[str, str]:
+    def variables(self) -> dict[str, str]:
         """The settings that the outputs give, as environment variables."""
         return dict(pair for pair in self.outputs.values() if pair[0].startswith("CRPBOT_"))
+
+    def settings(self) -> Settings:
+        """The settings of a deployment that takes them from the outputs and from nowhere else."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name in [name for name in os.environ if name.startswith("CRPBOT_")]:
+                patch.delenv(name)
+            for name, value in self.variables().items():
+                patch.setenv(name, value)
+            return Settings()
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +92,12 @@ def stack() -> Iterator[Stack]:
         types = ",".join(candidate.instance_type for candidate in GpuSettings().candidates)
         parameters = {"VpcId": vpc, "AlarmEmail": MAIL, "InstanceTypes": types}
         cloudformation = client("cloudformation")
-        with warnings.catch_warnings():
-            # moto warns of each resource that it skips; test_deploy lists them
-            warnings.simplefilter("ignore")
-            cloudformation.create_stack(
-                StackName="crpbot",
-                TemplateBody=TEMPLATE.read_text(),
-                Parameters=[{"ParameterKey": key, "ParameterValue": value} for key, value in parameters.items()],
-                Capabilities=["CAPABILITY_IAM"],
-            )
+        cloudformation.create_stack(
+            StackName="crpbot",
+            TemplateBody=TEMPLATE.read_text(),
+            Parameters=[{"ParameterKey": key, "ParameterValue": value} for key, value in parameters.items()],
+            Capabilities=["CAPABILITY_IAM"],
+        )
         (described,) = cloudformation.describe_stacks(StackName="crpbot")["Stacks"]
         assert described["StackStatus"] == "CREATE_COMPLETE"
         made = cloudformation.list_stack_resources(StackName="crpbot")["StackResourceSummaries"]
@@ -106,15 +111,3 @@ def stack() -> Iterator[Stack]:
     finally:
         server.stop()
         moto_api_backend.reset()
-
-
-@pytest.fixture
-def deployed(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> GpuSettings:
-    """The GPU settings of a deployment that takes them from the stack's outputs and from nowhere else."""
-    for name in [name for name in os.environ if name.startswith("CRPBOT_")]:
-        monkeypatch.delenv(name)
-    for name, value in stack.settings().items():
-        monkeypatch.setenv(name, value)
-    from crpbot_lib.config import settings
-
-    return settings().gpu

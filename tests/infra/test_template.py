@@ -73,6 +73,8 @@ def test_defaults_are_those_of_the_settings(template: dict[str, Any]) -> None:
     assert defaults["ProjectTag"] == gpu.project_tag
     assert set(defaults["InstanceTypes"].split(",")) == {candidate.instance_type for candidate in gpu.candidates}
     assert f"resolve:ssm:{defaults['ImageParameter']}" == gpu.ami
+    # the same limit twice: ours before each launch, AWS's on the bill
+    assert defaults["MonthlyBudgetUsd"] == gpu.max_month_usd
 
 
 def test_only_what_cannot_be_known_has_no_default(template: dict[str, Any]) -> None:
