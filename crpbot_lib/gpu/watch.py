@@ -1,12 +1,13 @@
 """Following one generation's job: its status in the lake, its log stream and its instance's state, together.
 
 Any one of the three alone misleads: a job that hangs keeps a stale "running", an instance can vanish with its job, and a log can
-be silent for long. ``Watcher.poll`` looks at all three once and says what is new and whether it is over.
+be silent for long. A ``Watcher`` says what is new in them, how far the job is and what it has cost, and whether it is over.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from crpbot_lib.config import GpuSettings
 from crpbot_lib.gpu import instances
-from crpbot_lib.gpu.instances import UTC_NOW, Instance
-from crpbot_lib.gpu.launch import log_stream, records
+from crpbot_lib.gpu.instances import SPOT_INTERRUPTION, UTC_NOW, Instance
+from crpbot_lib.gpu.launch import LaunchRecord, log_stream, records
 from crpbot_lib.lake import KeyMissingError, Lake, keys
 
 if TYPE_CHECKING:
@@ -24,10 +25,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Verdict = Literal["succeeded", "failed", "interrupted", "instance-gone", "heartbeat-stale", "boot-timeout"]
+Verdict = Literal["succeeded", "failed", "interrupted", "spot-interruption", "instance-gone", "heartbeat-stale", "boot-timeout"]
+"""``interrupted`` is the job's own word (a spot notice or SIGTERM, and it stopped in order); ``spot-interruption`` is EC2's, of an
+instance whose job had no time for a word."""
 
 _ENDS = ("succeeded", "failed", "interrupted")
 """The states that a job writes last."""
+
+LATEST_LINE = timedelta(minutes=2)
+"""How much older than the newest line that was shown a line may be and still be shown when it comes."""
+PROGRESS_INTERVAL = timedelta(seconds=10)
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,10 @@ class Outcome:
 
 @dataclass
 class Watcher:
-    """Follows generation ``generation`` of ``run``. Every call is one round of AWS calls and never sleeps. Clocks are UTC."""
+    """Follows generation ``generation`` of ``run``. Every call is one round of AWS calls and never sleeps. Clocks are UTC.
+
+    It remembers nothing beyond its own life: one that is made anew, after a restart, shows the lines from the first on.
+    """
 
     ec2: EC2Client
     logs: CloudWatchLogsClient
@@ -50,36 +60,78 @@ class Watcher:
     run: str
     generation: int
     now: Callable[[], datetime] = UTC_NOW
-    _token: str | None = field(default=None, init=False)
+    _from: int = field(default=0, init=False)
+    _shown: Counter[tuple[int, str]] = field(default_factory=Counter, init=False)
     _gone_since: datetime | None = field(default=None, init=False)
+    _seen: tuple[dict[str, Any] | None, Instance | None] = field(default=(None, None), init=False)
+    _record: LaunchRecord | None = field(default=None, init=False)
+    _told: tuple[datetime, str] | None = field(default=None, init=False)
 
     def new_lines(self) -> list[str]:
-        """The job's log lines that came since the last call, in order; none while the stream does not exist yet."""
-        lines: list[str] = []
+        """The job's log lines that came since the last call, by time; none while the stream does not exist yet.
+
+        A token of GetLogEvents goes on from a point in time, past which a line that arrives late is never seen. So the last
+        minutes are read again each time, and only what is more than before is new: a line comes once, however late (up to
+        ``LATEST_LINE``) and in whatever order CloudWatch shows them, and as often as the job wrote it. A call that fails has
+        shown nothing.
+        """
+        request: dict[str, Any] = {
+            "logGroupName": self.gpu.log_group,
+            "logStreamName": log_stream(self.run, self.generation),
+            "startTime": self._from,
+            "startFromHead": True,
+        }
+        found: list[tuple[int, str]] = []
+        token = None
         while True:
-            request: dict[str, Any] = {
-                "logGroupName": self.gpu.log_group,
-                "logStreamName": log_stream(self.run, self.generation),
-                "startFromHead": True,
-            }
-            if self._token:
-                request["nextToken"] = self._token
             try:
                 answer = self.logs.get_log_events(**request)
             except self.logs.exceptions.ResourceNotFoundException:
-                return lines
-            lines += [event.get("message", "") for event in answer["events"]]
-            token = answer["nextForwardToken"]
-            # GetLogEvents (CloudWatch Logs API reference): the end of the stream gives the same token back
-            if token == self._token or not answer["events"]:
-                self._token = token
-                return lines
-            self._token = token
+                return []
+            found += [(event.get("timestamp", 0), event.get("message", "")) for event in answer["events"]]
+            # GetLogEvents (CloudWatch Logs API reference): a page may be empty before the end, which gives the same token back
+            if answer["nextForwardToken"] == token:
+                break
+            request["nextToken"] = token = answer["nextForwardToken"]
+        there, lines = Counter[tuple[int, str]](), []
+        for line in found:
+            there[line] += 1
+            if there[line] > self._shown[line]:
+                lines.append(line[1])
+        newest = max((timestamp for timestamp, _ in found), default=0)
+        self._from = max(self._from, newest - int(LATEST_LINE.total_seconds() * 1000))
+        # what CloudWatch leaves out of one answer and shows in the next is not new
+        self._shown = Counter({line: count for line, count in (self._shown | there).items() if line[0] >= self._from})
+        return lines
+
+    def progress(self) -> str | None:
+        """A line for the operator, from what the last ``outcome`` saw: symbol, epoch, step, loss, time left, dollars so far.
+
+        None where nothing but the dollars has changed, or the last line is less than ``PROGRESS_INTERVAL`` old.
+        """
+        status, instance = self._seen
+        now = self.now()
+        done = _progress(status) if status else f"{instance.id} is {instance.state}, its job has not begun" if instance else None
+        if done is None or (self._told and (done == self._told[1] or now - self._told[0] < PROGRESS_INTERVAL)):
+            return None
+        self._told = now, done
+        return f"{done}; {self._dollars(instance, now)}"
+
+    def _dollars(self, instance: Instance | None, now: datetime) -> str:
+        if self._record is None:
+            # the last one of the generation: those before it found no capacity
+            self._record = next((r for r in reversed(records(self.lake, self.run)) if r.generation == self.generation), None)
+        if (record := self._record) is None:
+            return "no launch record, so its price is not known"
+        price = record.price_usd_per_hour
+        seconds = max(0.0, (now - (instance.launched_at if instance else record.recorded_at)).total_seconds())
+        return f"${seconds / 3600 * price:.4f} so far ({record.instance_type} {record.market}, {seconds:.0f} s at ${price:.4f}/h)"
 
     def outcome(self) -> Outcome | None:
         """None while the job may still come to something; else how it ended."""
         # status first: an instance that ended after it wrote its status has told us how the job went
         status = _status(self.lake, self.run, self.generation)
+        self._seen = status, self._seen[1]
         state = status.get("state") if status else None
         if state == "succeeded":
             return Outcome("succeeded", "training succeeded")
@@ -87,14 +139,18 @@ class Watcher:
             assert status is not None
             return Outcome("failed", str(status.get("error") or "training failed without a message"), bool(status.get("permanent")))
         if state == "interrupted":
-            return Outcome("interrupted", "the job was interrupted and stopped in order")
+            assert status is not None
+            return Outcome("interrupted", f"the job stopped in order: {status.get('error') or 'it gave no reason'}")
 
         now = self.now()
         alive, last = self._instances()
+        self._seen = status, alive[0] if alive else last
         if not alive:
             self._gone_since = self._gone_since or now
             if now - self._gone_since < timedelta(seconds=self.gpu.visibility_grace_seconds):
                 return None
+            if last and last.state_reason == SPOT_INTERRUPTION:
+                return Outcome("spot-interruption", f"EC2 took {last.id} ({last.type}, {last.zone}) back: {_where(status)}")
             what = f"{last.id} is {last.state} ({last.reason or 'no reason given'})" if last else "no instance is visible"
             return Outcome("instance-gone", f"{what}, and the job wrote no end: {_where(status)}")
         self._gone_since = None
@@ -174,3 +230,16 @@ def _overdue(status: dict[str, Any] | None, instance: Instance, gpu: GpuSettings
 
 def _where(status: dict[str, Any] | None) -> str:
     return "it never started" if status is None else f"its last state was {status.get('state')} at {status.get('heartbeat')}"
+
+
+def _progress(status: dict[str, Any]) -> str:
+    """How far the job is, by its status: the symbol in training, and its place among all."""
+    symbols: dict[str, dict[str, Any]] = status.get("symbols", {})
+    done = sum(own.get("state") == "succeeded" for own in symbols.values())
+    for symbol, own in symbols.items():
+        if own.get("state") == "running" and "step" in own:
+            where = f"epoch {own['epoch']}/{own['epochs']}, step {own['step']}/{own['steps']}"
+            return f"{symbol} ({done + 1} of {len(symbols)}): {where}, loss {own['loss']:.4f}, ETA {own['eta_seconds']:.0f} s"
+        if own.get("state") == "running":
+            return f"{symbol} ({done + 1} of {len(symbols)}): preparing its data"
+    return f"{done} of {len(symbols)} symbols trained"

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 # How many rounds in a row may fail (AWS or the lake away) before the task is told; each round waits poll_seconds more.
 _MAX_FAILURES = 20
-# docker's awslogs driver ships a batch every five seconds: after the end the last lines, a traceback among them, are still to come
+# docker's awslogs driver ships a batch every five seconds: a line is that old before CloudWatch has it, so the log is read twice a
+# round, and after the end the last lines, a traceback among them, are still to come
 _SETTLE_SECONDS = 15.0
 _QUIET_SECONDS = 8.0
 
@@ -24,7 +25,8 @@ class TrainingJobTrigger(BaseTrigger):
     """Follows one generation's job until it ends; its log lines become lines of the task's log.
 
     One trigger for the whole job: each new trigger would begin the task's trigger log anew. A restarted triggerer runs it again
-    with the same arguments and so re-attaches; it launches nothing.
+    with the same arguments and so re-attaches: it launches nothing, and shows the job's lines from the first on, since what the
+    former triggerer has shown may be lost with it.
     """
 
     def __init__(self, run: str, generation: int) -> None:
@@ -39,6 +41,11 @@ class TrainingJobTrigger(BaseTrigger):
         # boto3 is synchronous: its calls run in a thread, so that one slow answer does not hold up the other triggers
         watcher = await sync_to_async(self._watcher, thread_sensitive=False)()
         ask = sync_to_async(watcher.outcome, thread_sensitive=False)
+        self.log.info(
+            "following %s, generation %d: its lines from the first on (those known already come again after a restart)",
+            self.run_name,
+            self.generation,
+        )
         failures = 0
         while True:
             # the outcome is asked for first: lines written before it are then all fetched below
@@ -58,7 +65,10 @@ class TrainingJobTrigger(BaseTrigger):
                 await self._show_last_lines(watcher)
                 yield TriggerEvent({"verdict": outcome.verdict, "message": outcome.message, "permanent": outcome.permanent})
                 return
-            await asyncio.sleep(watcher.gpu.poll_seconds)
+            await self._show_progress(watcher)
+            await asyncio.sleep(watcher.gpu.poll_seconds / 2)
+            await self._show_new_lines(watcher)
+            await asyncio.sleep(watcher.gpu.poll_seconds / 2)
 
     async def _show_new_lines(self, watcher: Watcher) -> int:
         """The job's new log lines; how many. Logs that cannot be read decide nothing about the job: they only warn."""
@@ -70,6 +80,15 @@ class TrainingJobTrigger(BaseTrigger):
         for line in lines:
             self.log.info("%s", line)
         return len(lines)
+
+    async def _show_progress(self, watcher: Watcher) -> None:
+        try:
+            line = await sync_to_async(watcher.progress, thread_sensitive=False)()
+        except Exception as error:
+            self.log.warning("the progress cannot be told now: %s", error)
+            return
+        if line:
+            self.log.info("%s: %s", self.run_name, line)
 
     async def _show_last_lines(self, watcher: Watcher) -> None:
         """Reads on until nothing new has come for a while."""

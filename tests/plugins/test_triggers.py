@@ -20,14 +20,24 @@ class Job:
 
     gpu = GpuSettings(poll_seconds=0.01)
 
-    def __init__(self, outcomes: list[Outcome | Exception | None], lines: list[list[str] | Exception]) -> None:
-        self.outcomes, self.lines = iter(outcomes), iter(lines)
+    def __init__(
+        self,
+        outcomes: list[Outcome | Exception | None],
+        lines: list[list[str] | Exception],
+        progress: str | Exception | None = None,
+    ) -> None:
+        self.outcomes, self.lines, self.progressed = iter(outcomes), iter(lines), progress
 
     def outcome(self) -> Outcome | None:
         found = next(self.outcomes)
         if isinstance(found, Exception):
             raise found
         return found
+
+    def progress(self) -> str | None:
+        if isinstance(self.progressed, Exception):
+            raise self.progressed
+        return self.progressed
 
     def new_lines(self) -> list[str]:
         found = next(self.lines, [])
@@ -58,7 +68,17 @@ def test_lines_appear_in_order_and_the_verdict_is_the_jobs(monkeypatch: pytest.M
     job = Job([None, None, Outcome("succeeded", "done")], [["a"], ["b"], ["c"], ["after the end"]])
     event, logged = follow(job, monkeypatch)
     assert event == {"verdict": "succeeded", "message": "done", "permanent": False}
-    assert logged == ["a", "b", "c", "after the end"]
+    assert logged[0].startswith("following run-a, generation 1")
+    assert logged[1:] == ["a", "b", "c", "after the end"]
+
+
+def test_the_progress_is_shown_and_where_it_cannot_be_told_nothing_else_suffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = Outcome("succeeded", "done")
+    _, logged = follow(Job([None, done], [["a"]], "BTC-USD (1 of 3): epoch 2/15; $0.0041 so far"), monkeypatch)
+    assert logged[1:] == ["a", "run-a: BTC-USD (1 of 3): epoch 2/15; $0.0041 so far"]
+    event, logged = follow(Job([None, done], [["a"], ["b"]], ValueError("a launch record cannot be read")), monkeypatch)
+    assert event["verdict"] == "succeeded"
+    assert logged[1:] == ["a", "b"]
 
 
 def test_logs_that_cannot_be_read_neither_fail_the_job_nor_hide_its_success(monkeypatch: pytest.MonkeyPatch) -> None:
