@@ -15,10 +15,11 @@ _SCRIPT = Template("""\
 #!/bin/bash
 shutdown -h +$minutes
 ${login}docker pull $image
-docker run --rm --gpus all --name crpbot-training --network host \\
+docker run --rm --gpus all --name crpbot-training --network host --stop-timeout 70 \\
   --log-driver awslogs --log-opt awslogs-region=$region --log-opt awslogs-group=$log_group --log-opt awslogs-stream=$log_stream \\
   --log-opt mode=non-blocking --log-opt max-buffer-size=4m \\
-  -e AWS_DEFAULT_REGION=$region -e AWS_ENDPOINT_URL -e CRPBOT_LAKE=$lake -e CRPBOT_RUN=$run -e CRPBOT_GENERATION=$generation \\
+  -e AWS_DEFAULT_REGION=$region -e CRPBOT_LAKE=$lake -e CRPBOT_RUN=$run -e CRPBOT_GENERATION=$generation \\
+  -e AWS_ENDPOINT_URL -e AWS_EC2_METADATA_SERVICE_ENDPOINT -e AWS_EC2_METADATA_DISABLED \\
   $image
 shutdown -h now
 """)
@@ -38,7 +39,9 @@ def render(
     """The script for one launch. The same arguments give the same text, so that its hash identifies it.
 
     The log driver does not block: by default a training would stand still while CloudWatch is away (Docker docs, "Configure logging
-    drivers"). ``AWS_ENDPOINT_URL`` is passed through by name: set on a machine that has it (a local cloud), absent on AWS.
+    drivers"). The stop timeout gives the job time for a checkpoint when the instance is shut down (Docker's own is 10 s); it takes
+    a minute at the most. Endpoints are passed through by name: set on a machine that has them (a local cloud), absent on AWS, where
+    the job asks the instance's own metadata service for spot notices, one hop away on the host's network.
     """
     registry = image.partition("/")[0]
     login = ""

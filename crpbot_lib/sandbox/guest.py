@@ -267,7 +267,7 @@ def _parse_run(arguments: list[str]) -> _Run:
         flag, _, attached = rest.pop(0).partition("=")
         if flag == "--rm" and not attached:
             continue
-        if flag not in ("--gpus", "--name", "--network", "--net", "--log-driver", "--log-opt", "-e", "--env"):
+        if flag not in ("--gpus", "--name", "--network", "--net", "--stop-timeout", "--log-driver", "--log-opt", "-e", "--env"):
             raise _UsageError(f"unknown flag: {flag} (the local cloud's docker stand-in knows what the training's user data uses)")
         if not attached and not rest:
             raise _UsageError(f"flag needs an argument: {flag}")

@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 from crpbot_lib.gpu import user_data
+from crpbot_lib.training.__main__ import LONGEST_STOP_SECONDS
 
 ARGUMENTS: dict[str, Any] = {
     "run": "2025-05-29-manual-1",
@@ -43,8 +44,15 @@ def test_the_job_learns_its_run_and_lake_and_takes_endpoints_by_name_only() -> N
     assert "CRPBOT_RUN=2025-05-29-manual-1" in passed
     assert "CRPBOT_LAKE=s3://bucket/prefix" in passed
     assert "CRPBOT_GENERATION=2" in passed
-    assert "AWS_ENDPOINT_URL" in passed
+    # the metadata service's too: without them the job of a local cloud would ask the real address for spot notices
+    assert {"AWS_ENDPOINT_URL", "AWS_EC2_METADATA_SERVICE_ENDPOINT", "AWS_EC2_METADATA_DISABLED"} <= set(passed)
     assert not [word for word in passed if "KEY" in word or "SECRET" in word or "TOKEN" in word]
+
+
+def test_the_job_reaches_the_metadata_service_and_has_time_for_a_checkpoint_when_it_is_stopped() -> None:
+    run = commands(user_data.render(**ARGUMENTS))[2]
+    assert run[run.index("--network") + 1] == "host"
+    assert LONGEST_STOP_SECONDS < int(run[run.index("--stop-timeout") + 1]) < 110
 
 
 def test_a_name_with_shell_characters_stays_one_word() -> None:
