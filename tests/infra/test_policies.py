@@ -115,6 +115,12 @@ CASES: dict[str, list[Case]] = {
             f"arn:aws:iam::{ACCOUNT}:role/aws-service-role/ecs.amazonaws.com/AWSServiceRoleForECS",
             {"iam:AWSServiceName": "ecs.amazonaws.com"},
         ),
+        may_not(
+            "let another service have spot's role",
+            "iam:CreateServiceLinkedRole",
+            SPOT_ROLE,
+            {"iam:AWSServiceName": "ecs.amazonaws.com"},
+        ),
         may("resolve the image", "ssm:GetParameters", "{image_parameter}"),
         may_not("read another parameter", "ssm:GetParameters", f"arn:aws:ssm:{REGION}:{ACCOUNT}:parameter/prod/password"),
         may("follow the training log", "logs:GetLogEvents", TRAINING_STREAM),
