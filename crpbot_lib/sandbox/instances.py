@@ -293,11 +293,12 @@ class Instance:
 
     def _freeze_processes(self) -> None:
         """All but the root, which does nothing but end the tree, and must be able to when the local cloud dies."""
-        if self._root is None:
+        root = self._root
+        if root is None:
             return
-        while not descendants(self._root) and self._process.poll() is None:
+        while not descendants(root) and self._process.poll() is None:
             time.sleep(0.01)  # it has yet to fork the instance's first process
-        freeze(self._root)
+        freeze(root)
 
     def _end_processes(self) -> None:
         """SIGTERM, a grace (a frozen instance can make no use of it), SIGKILL; returns when nothing of the instance runs."""
