@@ -232,7 +232,9 @@ def ensure_instance(
             log.warning(
                 "launch %d of %s is out of date: ending %s, going on with %d", record.sequence, run, launched.id, latest.sequence
             )
-            terminate(ec2, [launched.id])
+            if terminate(ec2, [launched.id]):
+                sleep(gpu.visibility_grace_seconds)
+                terminate(ec2, [launched.id])
             record, replayed = latest, True
             continue
         if launched.state in instances.ENDING:

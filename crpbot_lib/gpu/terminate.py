@@ -29,22 +29,26 @@ class TerminationError(GpuError):
     """Instances may still be alive; the message names them. The reaper and the deadlines are the next layers."""
 
 
-def terminate(ec2: EC2Client, ids: list[str]) -> None:
-    """Asks EC2 to terminate ``ids``; an id that EC2 no longer knows is as good as ended.
+def terminate(ec2: EC2Client, ids: list[str]) -> list[str]:
+    """Asks EC2 to terminate ``ids``. Returns those that EC2 does not know: ended long ago, or launched a moment ago and not
+    visible yet (EC2 API reference, "Eventual consistency"); whoever has just launched one asks again.
 
     Every id is asked for, whatever happens to the others; TerminationError at the end names those that EC2 refused.
     """
     refused: list[str] = []
+    unknown: list[str] = []
     for instance_id in ids:
         try:
             ec2.terminate_instances(InstanceIds=[instance_id])
         except (ClientError, BotoCoreError) as error:
             if isinstance(error, ClientError) and error.response["Error"]["Code"] == "InvalidInstanceID.NotFound":
                 log.warning("%s is unknown to EC2 (a new instance may be invisible for a moment)", instance_id)
+                unknown.append(instance_id)
             else:
                 refused.append(f"{instance_id} could not be terminated: {error}")
     if refused:
         raise TerminationError("; ".join(refused))
+    return unknown
 
 
 def terminate_run(

@@ -137,4 +137,4 @@ def test_an_unreadable_generation_tag_keeps_no_instance_alive(ec2: Any, gpu: Gpu
 
 
 def test_an_id_that_ec2_no_longer_knows_is_no_failure(ec2: Any) -> None:
-    terminate(ec2, ["i-0123456789abcdef0"])
+    assert terminate(ec2, ["i-0123456789abcdef0"]) == ["i-0123456789abcdef0"]
