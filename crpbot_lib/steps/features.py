@@ -149,9 +149,18 @@ def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -
     content = _parquet(built.frame)
 
     key = keys.features(plan["version"], symbol)
-    sha256 = hashlib.sha256(content).hexdigest()
-    _check_gated(lake, plan["version"], symbol, sha256)
-    lake.write(key, content)
+    gated = _gated_sha256(lake, plan["version"], symbol)
+    # neither hashing nor writing waits for the other, unless models may have learned from what is there
+    with ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(lambda: hashlib.sha256(content).hexdigest())
+        if gated is not None and hashed.result() != gated:
+            raise FeatureError(
+                f"{symbol}: features {plan['version']} have passed the gate with sha256 {gated[:16]}…, this build gives "
+                f"{hashed.result()[:16]}…; the file is left as it is. Use it (`crpbot features verify --version {plan['version']}`), "
+                "or build with the polars and numpy it was built with (its lock file)"
+            )
+        lake.write(key, content)
+    sha256 = hashed.result()
     within = _from(built.holes, _midnight(start))
     filled, outages = within.filter(~pl.col("outage")), within.filter(pl.col("outage"))
     hash_ = catalog.catalog_hash(entry.feature_groups)
@@ -197,18 +206,12 @@ def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -
     return summary
 
 
-def _check_gated(lake: Lake, version: str, symbol: str, sha256: str) -> None:
-    """Refuses to go on when ``version`` has passed the gate with another file: models may have learned from it."""
+def _gated_sha256(lake: Lake, version: str, symbol: str) -> str | None:
+    """Of the file with which ``version`` has passed the gate; None when it has not."""
     try:
-        gated = lake.read_json(keys.features_manifest(version))["symbols"][symbol]["sha256"]
+        return str(lake.read_json(keys.features_manifest(version))["symbols"][symbol]["sha256"])
     except KeyMissingError:
-        return
-    if gated != sha256:
-        raise FeatureError(
-            f"{symbol}: features {version} have passed the gate with sha256 {gated[:16]}…, this build gives {sha256[:16]}…; the "
-            f"file is left as it is. Use it (`crpbot features verify --version {version}`), or build with the polars and numpy it "
-            "was built with (its lock file)"
-        )
+        return None
 
 
 def gate_features(settings: Settings, lake: Lake, plan: Summary) -> Summary:
