@@ -156,8 +156,8 @@ def build_features(settings: Settings, lake: Lake, plan: Summary, symbol: str) -
         if gated is not None and hashed.result() != gated:
             raise FeatureError(
                 f"{symbol}: features {plan['version']} have passed the gate with sha256 {gated[:16]}…, this build gives "
-                f"{hashed.result()[:16]}…; the file is left as it is. Use it (`crpbot features verify --version {plan['version']}`), "
-                "or build with the polars and numpy it was built with (its lock file)"
+                f"{hashed.result()[:16]}…; the file is left as it is. Use it (`crpbot features verify --version "
+                f"{plan['version']}`), or build with the polars and numpy it was built with (its lock file)"
             )
         lake.write(key, content)
     sha256 = hashed.result()
