@@ -115,7 +115,7 @@ def retrain() -> None:
     def reserve(run_plan: dict[str, Any], feature_plan: dict[str, Any]) -> str:
         """Writes the job's spec. Never touches EC2: it always succeeds as a setup, so the teardown always runs.
 
-        Cleared by hand, it begins the training anew: the status of one that has ended is put aside."""
+        Cleared by hand: what had succeeded is trained anew, what was interrupted or had failed is gone on with."""
         from crpbot_lib import training
         from crpbot_lib.gpu import watch
 
