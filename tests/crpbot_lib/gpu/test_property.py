@@ -17,7 +17,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -48,11 +48,11 @@ GPU = GpuSettings(
         for kind, price in ON_DEMAND.items()
     ),
     security_group_ids=("sg-1",),
-    # of three worst cases of $2 at once, one is too many
-    max_month_usd=5,
-    max_run_usd=100,
+    max_run_usd=1000,
 )
 RUNS = ("run-a", "run-b")
+WORST = 2.0
+"""USD: two hours of the dearest candidate, whichever is launched."""
 BOOT, SHUTDOWN, MEMORY = timedelta(seconds=20), timedelta(seconds=40), timedelta(hours=1)
 MAX_LAG = timedelta(seconds=8)
 """How far DescribeInstances is behind; less than ``visibility_grace_seconds``, which is what the teardown's two looks bear."""
@@ -60,7 +60,7 @@ MAX_LAG = timedelta(seconds=8)
 EC2_MODEL = botocore.session.get_session().get_service_model("ec2")
 # every example launches and loses instances by the dozen: what the library says of it is of no use here
 pytestmark = pytest.mark.usefixtures("quiet")
-TURNING_POINTS = ("RunInstances", "RunInstances", "TerminateInstances", "PutObject", None, None, None)
+TURNING_POINTS = ("RunInstances", "RunInstances", "TerminateInstances", "DescribeInstances", "PutObject", None, None, None)
 FAULTS = ("killed before", "killed after", "error", "throttled", "answer lost")
 
 
@@ -123,6 +123,17 @@ class World:
     """Instances whose job has come to nothing."""
     over: set[str] = field(default_factory=set)
     """Runs that have ended."""
+    max_month_usd: float = 1000
+
+    @property
+    def gpu(self) -> GpuSettings:
+        return GPU.model_copy(update={"max_month_usd": self.max_month_usd})
+
+    def copy(self) -> World:
+        """Another world that has come to the same."""
+        machines = [replace(machine, tags=dict(machine.tags)) for machine in self.machines]
+        sets = {name: set(getattr(self, name)) for name in ("without_capacity", "failed", "over")}
+        return replace(self, machines=machines, tokens=dict(self.tokens), objects=dict(self.objects), **sets)
 
     def alive(self, run: str | None = None) -> list[Machine]:
         return [m for m in self.machines if m.state(self.now) in instances.ALIVE and run in (None, m.run)]
@@ -241,6 +252,7 @@ class Actor:
         self.result: Any = None
         self.error: Exception | None = None
         self.killed = self.done = False
+        self.began = len(world.machines)
         self.calls: list[str] = []
         self.waits_for: str | None = None
         self._fault: str | None = None
@@ -286,9 +298,16 @@ class Actor:
         expected = (launch.GpuError, LakeError, ClientError, ReadTimeoutError)
         if self.error is not None and not isinstance(self.error, expected):
             raise self.error
-        if self.error is None and not self.killed:
+        if self.error is not None or self.killed:
+            return
+        if self.what == "launch":
             left = [m.id for m in self.world.alive() if m.overtaken and m.launcher == id(self)]
             assert left == [], f"an overtaken launcher went on without ending {left}"
+            taken = next(m for m in self.world.machines if m.id == self.result.id)
+            assert not taken.overtaken, f"{taken.id} is not the run's right instance"
+        if self.what == "teardown":
+            left = [m.id for m in self.world.alive(self.run) if m in self.world.machines[: self.began]]
+            assert left == [], f"a teardown was content with {left} alive"
 
     def call(
         self, name: str, perform: Callable[[], Any], lost: Callable[[], Exception] | None, errors: dict[str, Exception]
@@ -377,9 +396,11 @@ class Client:
     def _may_end(self, ids: list[str]) -> None:
         """No layer ends another run's instance; a reaper none that is busy, and in time, and the run's right one."""
         world, actor = self._actor.world, self._actor
-        for machine in (m for m in world.machines if m.id in ids):
+        for machine in (m for m in world.alive() if m.id in ids):
+            useless = machine.overtaken or machine.id in world.failed or machine.deadline <= world.now
             if actor.what != "reap":
                 assert machine.run == actor.run, f"{actor.what} of {actor.run} ends {machine.run}'s instance"
+                assert actor.what == "teardown" or useless, f"the launcher ends {machine.id}, which is the run's right one"
             elif machine.run not in world.over and machine.deadline >= world.now:
                 assert machine.overtaken, f"the reaper ends {machine.id}, whose run is active"
 
@@ -442,7 +463,7 @@ def ensure(world: World, run: str) -> Actor:
         return launch.ensure_instance(
             ec2,
             actor.lake,
-            GPU,
+            world.gpu,
             run,
             dag="retrain",
             dag_run=run,
@@ -486,13 +507,13 @@ def check(world: World) -> None:
         # one whose launcher was overtaken is being ended, as is one past its deadline, which every layer ends
         right = [m for m in world.alive(run) if not m.overtaken and m.deadline > world.now]
         assert len(right) <= 1, f"{run} has {len(right)} living instances: {[m.id for m in right]}"
-    exposed = sum(float(m.tags[instances.TAG_MAX_PRICE]) * 2 for m in world.alive() if not m.overtaken and m.deadline > world.now)
-    assert exposed <= GPU.max_month_usd, f"${exposed} may be spent, ${GPU.max_month_usd} is the cap"
+    exposed = WORST * len([m for m in world.alive() if not m.overtaken and m.deadline > world.now])
+    assert exposed <= world.max_month_usd, f"${exposed} may be spent, ${world.max_month_usd} is the cap"
 
 
 def check_the_end(world: World) -> None:
     """From here: a retry leaves one instance at most, and each of the last layers alone leaves none."""
-    again = copy.deepcopy(world)
+    again = world.copy()
     again.now += timedelta(minutes=1)
     for run in RUNS:
         launched = ensure(again, run).finish()
@@ -500,9 +521,9 @@ def check_the_end(world: World) -> None:
         alive = [m.id for m in again.alive(run)]
         assert len(alive) <= 1
         if launched.error is None:
-            assert alive == [launched.result.id] or again.lag
+            assert alive == [launched.result.id]
 
-    ended = copy.deepcopy(world)
+    ended = world.copy()
     for run in RUNS:
         assert teardown(ended, run).finish().error is None
         assert ended.alive(run) == [], "the teardown leaves an instance"
@@ -510,12 +531,12 @@ def check_the_end(world: World) -> None:
     assert reaper(ended).finish().error is None
     check_the_ledger(ended)
 
-    overdue = copy.deepcopy(world)
+    overdue = world.copy()
     overdue.now = max([overdue.now, *(m.deadline for m in overdue.machines)]) + timedelta(minutes=1)
     assert reaper(overdue).finish().error is None
     assert overdue.alive() == [], "the reaper leaves an instance past its deadline"
 
-    over = copy.deepcopy(world)
+    over = world.copy()
     over.over = set(RUNS)
     over.now += reap.BOOT_GRACE + timedelta(minutes=1)
     for _ in range(2):
@@ -563,9 +584,9 @@ class Life(RuleBasedStateMachine):
         if actor.done:
             self.actors.remove(actor)
 
-    @initialize(lag=st.sampled_from([0, 8]), to=st.sampled_from(TURNING_POINTS))
-    def a_launch_begins(self, lag: int, to: str | None) -> None:
-        self.world.lag = timedelta(seconds=lag)
+    @initialize(lag=st.sampled_from([0, 8]), to=st.sampled_from(TURNING_POINTS), cap=st.sampled_from([1.5 * WORST, 1000]))
+    def a_launch_begins(self, lag: int, to: str | None, cap: float) -> None:
+        self.world.lag, self.world.max_month_usd = timedelta(seconds=lag), cap
         self.begin(ensure, RUNS[0], to)
 
     @precondition(lambda self: len(self.actors) < 3)
@@ -649,7 +670,7 @@ class Life(RuleBasedStateMachine):
 
 EXAMPLES = os.environ.get("PROPERTY_EXAMPLES")
 CHOSEN = settings(
-    max_examples=int(EXAMPLES or 150),
+    max_examples=int(EXAMPLES or 110),
     stateful_step_count=40,
     derandomize=EXAMPLES is None,
     database=None,
@@ -660,6 +681,59 @@ CHOSEN = settings(
 
 def test_any_interleaving_leaves_at_most_one_living_instance_a_run_and_none_in_the_end() -> None:
     run_state_machine_as_test(Life, settings=CHOSEN)
+
+
+# --- races that chance finds too seldom ---
+
+
+def go_on_to(actor: Actor, call: str) -> Actor:
+    """Until it waits to make the next call of that name."""
+    actor.step()
+    while actor.waits_for != call:
+        actor.step()
+        assert not actor.done, f"{actor.what} never calls {call}"
+    return actor
+
+
+def test_an_overtaken_instance_that_has_ended_does_not_hide_the_right_one_that_is_not_visible_yet() -> None:
+    world = World(lag=MAX_LAG)
+    slow = go_on_to(ensure(world, "run-a"), "RunInstances")
+    world.without_capacity = {("g4dn.xlarge", "us-east-1b")}
+    fast = go_on_to(go_on_to(ensure(world, "run-a"), "RunInstances"), "RunInstances")
+    world.without_capacity = set()
+    slow.step()  # late: another launch is recorded already
+    while world.alive():
+        slow.step()
+    slow.kill()
+    world.now += MAX_LAG
+    right = fast.finish().result
+    assert ensure(world, "run-a").finish().result.id == right.id
+    check(world)
+
+
+def test_of_two_launchers_that_replace_an_instance_neither_ends_the_others_new_one() -> None:
+    world = World()
+    world.failed.add(ensure(world, "run-a").finish().result.id)
+    slow = go_on_to(ensure(world, "run-a"), "TerminateInstances")
+    new = ensure(world, "run-a").finish().result
+    assert slow.finish().result.id == new.id
+    assert [m.id for m in world.alive()] == [new.id]
+
+
+def test_of_two_runs_that_reserve_at_once_never_both_are_let_through_a_cap_that_holds_one() -> None:
+    for steps in range(40):
+        world = World(max_month_usd=1.5 * WORST)
+        one, other = ensure(world, "run-a"), ensure(world, "run-b")
+        one.step()
+        for _ in range(steps):
+            if not one.done:
+                one.step()
+        other.finish()
+        if not one.done:
+            one.finish()
+        check(world)
+        refused = [actor for actor in (one, other) if isinstance(actor.error, budget.BudgetExceededError)]
+        assert len(refused) >= 1
 
 
 # --- every call, one after the other ---
@@ -685,20 +759,19 @@ def launch_after_an_interruption(world: World) -> None:
     world.now += timedelta(minutes=1)
 
 
-@pytest.mark.parametrize("lag", [0, 8])
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(
     "before", [first_launch, launch_without_the_cheapest, launch_where_a_job_has_failed, launch_after_an_interruption]
 )
 def test_a_fault_at_any_call_of_a_launch_is_mended_by_the_next_launch_and_by_every_last_layer(
-    before: Callable[[World], None], fault: str, lag: int
+    before: Callable[[World], None], fault: str
 ) -> None:
     start = World()
     before(start)
-    start.lag = timedelta(seconds=lag)
+    start.lag = MAX_LAG
     calls = 0
     while True:
-        world = copy.deepcopy(start)
+        world = start.copy()
         launcher = ensure(world, "run-a")
         launcher.step()  # to its first call
         for _ in range(calls):
