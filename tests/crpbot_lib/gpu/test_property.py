@@ -788,3 +788,25 @@ def test_a_fault_at_any_call_of_a_launch_is_mended_by_the_next_launch_and_by_eve
     assert launcher.error is None
     assert calls > 10
     assert launcher.calls.count("RunInstances") == (3 if before is launch_without_the_cheapest else 1)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_at_any_call_of_a_teardown_is_never_read_as_nothing_there(fault: str) -> None:
+    start = World()
+    ensure(start, "run-a").finish()
+    calls = 0
+    while True:
+        world = start.copy()
+        last = teardown(world, "run-a")
+        last.step()
+        for _ in range(calls):
+            last.step()
+        if last.done:
+            break
+        last.step(fault)
+        last.finish()
+        assert last.killed or last.error is not None or world.alive() == [], f"content after {fault} at call {calls + 1}"
+        assert teardown(world, "run-a").finish().error is None
+        assert world.alive() == []
+        calls += 1
+    assert calls > 5
