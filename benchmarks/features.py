@@ -7,7 +7,8 @@ column; then they run in turn, each time in a fresh process, from frames in memo
 Memory is the process's, with polars in every one and the frames as read.
 
 The task is ``build_features`` from the partitions of a lake to the features file in it, beside what only planning takes.
-A live window is what a decision costs: repeated in one process, the pipelines in turn.
+A live window is what a decision costs: each pipeline repeats it in a process of its own, as the runtime is one, and the
+processes take turns.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,11 @@ DAYS = 730
 WIDTHS = ("5m", "15m", "1h")
 SERIES = ("1m", *WIDTHS, "hourly", "daily")
 ENGINE, TALIB, FREQAI = PIPELINES = ("engine", "pandas + TA-Lib", "FreqAI style")
+RUNTIME = "runtime (pandas in and out)"
 TOLERANCE = 1e-6
 """Of a column's standard deviation."""
 LIVE_ROWS, LIVE_HOURS = 1500, 417
+LIVE_PROCESSES = 3
 
 Frames = dict[str, pl.DataFrame]
 
@@ -153,23 +156,29 @@ def task() -> Row:
     return {"rows": built["rows"], "plan s": planned - began, "build s": seconds, "build cpu s": cpu, "MiB peak": peak_mib()}
 
 
-def live(folder: Path, repeat: int) -> list[Row]:
-    """One process's work: the live window, again and again, the pipelines in turn."""
-    computations = {name: pipeline(name, folder) for name in PIPELINES}
-    computations["runtime (pandas in and out)"] = _runtime(folder)
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in computations}
+def live(name: str, folder: Path, repeat: int) -> Row:
+    """One process's work: a pipeline on the live window, again and again. Lists of milliseconds."""
+    compute = _runtime(folder) if name == RUNTIME else pipeline(name, folder)
+    wall_ms, cpu_ms = [], []
     for _ in range(repeat):
-        for name, compute in computations.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            compute()
-            taken[name].append(((time.perf_counter() - wall) * 1000, (time.process_time() - cpu) * 1000))
-    rows = []
-    for name, times in taken.items():
-        wall_ms, cpu_ms = zip(*times, strict=True)
-        slow = statistics.quantiles(wall_ms, n=20)[-1]
-        row = {"first ms": wall_ms[0], "fastest ms": min(wall_ms), "median ms": statistics.median(wall_ms), "p95 ms": slow}
-        rows.append({"pipeline": name, **row, "median cpu ms": statistics.median(cpu_ms)})
-    return rows
+        wall, cpu = time.perf_counter(), time.process_time()
+        compute()
+        wall_ms.append((time.perf_counter() - wall) * 1000)
+        cpu_ms.append((time.process_time() - cpu) * 1000)
+    return {"wall": wall_ms, "cpu": cpu_ms}
+
+
+def live_row(name: str, processes: Sequence[Row]) -> Row:
+    """What several processes of one pipeline took: all their repetitions together, each one's first also apart."""
+    wall, cpu = ([ms for process in processes for ms in process[kind]] for kind in ("wall", "cpu"))
+    return {
+        "pipeline": name,
+        "first ms": statistics.median(process["wall"][0] for process in processes),
+        "fastest ms": min(wall),
+        "median ms": statistics.median(wall),
+        "p95 ms": statistics.quantiles(wall, n=20)[-1],
+        "median cpu ms": statistics.median(cpu),
+    }
 
 
 def _runtime(folder: Path) -> Callable[[], Any]:
@@ -236,10 +245,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.features", description=__doc__)
     add = parser.add_argument
     add("--rounds", type=int, default=7)
-    add("--live-repeat", type=int, default=100)
+    add("--live-repeat", type=int, default=100, help="in each of three processes a pipeline")
     add("--json", action="store_true")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
-    for hidden in ("--pipeline", "--frames", "--out"):
+    for hidden in ("--pipeline", "--live", "--frames", "--out"):
         add(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -253,8 +262,8 @@ def main() -> None:
 def _work(options: argparse.Namespace) -> Any:
     if options.pipeline == "task":
         return task()
-    if options.pipeline == "live":
-        return live(Path(options.frames), options.live_repeat)
+    if options.live:
+        return live(options.live, Path(options.frames), options.live_repeat)
     return race(options.pipeline, Path(options.frames), Path(options.out) if options.out else None)
 
 
@@ -289,8 +298,13 @@ def _measure(folder: Path, options: argparse.Namespace) -> None:
     env = {"CRPBOT_LAKE": f"file://{folder}/lake"}
     row = medians([ask("--pipeline=task", env=env) for _ in range(options.rounds)])
     show(f"features: the task of one symbol, parquet in and out, median of {options.rounds}{_load()}", [row], options.json)
-    said = ask("--pipeline=live", f"--frames={folder}/live", f"--live-repeat={options.live_repeat}")
-    show(f"features: a live window of {LIVE_ROWS} rows, {options.live_repeat} times in one process{_load()}", said, options.json)
+    runs = {name: [] for name in (*PIPELINES, RUNTIME)}
+    for _ in range(LIVE_PROCESSES):
+        for name, taken in runs.items():
+            taken.append(ask(f"--live={name}", f"--frames={folder}/live", f"--live-repeat={options.live_repeat}"))
+    rows = [live_row(name, taken) for name, taken in runs.items()]
+    times = f"{LIVE_PROCESSES} processes, {options.live_repeat} times in each"
+    show(f"features: a live window of {LIVE_ROWS} rows, {times}{_load()}", rows, options.json)
 
 
 def _load() -> str:

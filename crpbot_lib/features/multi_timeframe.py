@@ -95,7 +95,7 @@ def prepare(rows: pl.DataFrame) -> pl.DataFrame:
     return rows.with_columns_seq(_VOTES).with_columns_seq(_SCORE)
 
 
-CLOSE, OWN, SILENT, LAST_CLOSE, FILLED_CLOSE = (pl.col(c) for c in ("close", "own", "silent", "last_close", "filled_close"))
+CLOSE, OWN, SILENT, LAST_CLOSE = (pl.col(c) for c in ("close", "own", "silent", "last_close"))
 _MISSING, _TRADED = CLOSE.is_null(), OWN.is_not_null()
 _SILENCE = (
     (_MISSING & ~_TRADED).alias("silent"),
@@ -103,8 +103,8 @@ _SILENCE = (
     pl.when(_MISSING & _TRADED).then(float("nan")).otherwise(CLOSE).forward_fill().fill_nan(None).alias("last_close"),
 )
 _FILLED = (
-    *(pl.when(SILENT).then(LAST_CLOSE).otherwise(c).alias(f"filled_{c}") for c in ("open", "high", "low", "close")),
-    pl.when(SILENT & LAST_CLOSE.is_not_null()).then(0.0).otherwise("volume").alias("filled_volume"),
+    *(pl.when(SILENT).then(LAST_CLOSE).otherwise(c).alias(c) for c in ("open", "high", "low", "close")),
+    pl.when(SILENT & LAST_CLOSE.is_not_null()).then(0.0).otherwise("volume").alias("volume"),
 )
 
 
@@ -117,8 +117,9 @@ def _width(width: Timeframe) -> timedelta:
 def _bar_columns(width: Timeframe) -> tuple[pl.Expr, ...]:
     return (
         (pl.col("timestamp") + _width(width)).alias("known_at"),
-        *(pl.col(f"filled_{column}").alias(f"{width}_{column}") for column in OHLCV),
-        (FILLED_CLOSE - FILLED_CLOSE.shift(BARS_BACK)).sign().alias(f"{width}_sign"),
+        *(pl.col(column).alias(f"{width}_{column}") for column in OHLCV),
+        (CLOSE - CLOSE.shift(BARS_BACK)).sign().alias(f"{width}_sign"),
+        # a bar that was filled has no minute of its own, so nothing is compared
         ((CLOSE - OWN).abs() / OWN).alias("apart"),
     )
 
@@ -142,7 +143,10 @@ def bars(width: Timeframe, served: pl.DataFrame, minutes: pl.DataFrame) -> pl.Da
     on = served if whole else grid.to_frame().join(served, on="timestamp", how="left", maintain_order="left")
     last_minutes = steps(first + before_last, last + before_last, every)
     own = AsOf(last_minutes, minutes["timestamp"], before_last).take(minutes["close"]).alias("own")
-    return on.with_columns(own).with_columns_seq(_SILENCE).with_columns_seq(_FILLED).select_seq(_bar_columns(width))
+    on = on.hstack([own])
+    if on["close"].null_count():
+        on = on.with_columns_seq(_SILENCE).with_columns_seq(_FILLED)
+    return on.select_seq(_bar_columns(width))
 
 
 def compare_with_minutes(width: Timeframe, bars: pl.DataFrame, first: datetime) -> dict[str, int]:
