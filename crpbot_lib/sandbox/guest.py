@@ -42,6 +42,7 @@ _MS_REC_PRIVATE = 0x4000 | 1 << 18
 # linux/capability.h: KILL, SYS_MODULE, SYS_RAWIO, SYS_ADMIN, SYS_BOOT, SYS_TIME
 _DANGEROUS_CAPABILITIES = (5, 16, 17, 21, 22, 25)
 _LOG_FLUSH_SECONDS = 0.4
+_PULL_POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -173,13 +174,13 @@ def _first_process(machine: Machine, libc: ctypes.CDLL, isolated: bool) -> NoRet
 # --- stand-ins ---------------------------------------------------------------------------------------------------------------
 
 
-def _tell(machine: Machine, what: str, message: dict[str, Any]) -> dict[str, Any]:
-    """POSTs to the local cloud's control address; RuntimeError with its answer when it refuses."""
+def _tell(machine: Machine, what: str, message: dict[str, Any] | None) -> dict[str, Any]:
+    """POSTs to the local cloud's control address, or asks it (None); RuntimeError with its answer when it refuses."""
     request = urllib.request.Request(
         f"{machine.control}/_sandbox/instances/{machine.instance}/{what}",
-        data=json.dumps(message).encode(),
+        data=None if message is None else json.dumps(message).encode(),
         headers={"Content-Type": "application/json"},
-        method="POST",
+        method="GET" if message is None else "POST",
     )
     # no proxy of the environment stands between an instance and its cloud
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -306,6 +307,11 @@ def _docker(machine: Machine, arguments: list[str]) -> int:
         sys.stdout.write("Login Succeeded\n")
         return 0
     if verb == "pull" and len(rest) == 1 and not rest[0].startswith("-"):
+        if _tell(machine, "pull", None)["hang"]:
+            sys.stdout.write(f"{rest[0]}: pulling, and the registry says nothing\n")
+            sys.stdout.flush()
+            while _tell(machine, "pull", None)["hang"]:
+                time.sleep(_PULL_POLL_SECONDS)
         sys.stdout.write(f"Status: the local cloud runs {rest[0]} as a process; nothing to download\n")
         return 0
     if verb == "run":

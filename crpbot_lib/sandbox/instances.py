@@ -106,6 +106,7 @@ class Instance:
         """When EC2 takes the instance back, once it has said so; ``rebalance_at``: when it recommended to move."""
         self.rebalance_at: datetime | None = None
         self.frozen = False
+        self.pull_hangs = False
         self._machine, self._timing, self._changed = machine, timing, changed
         self._power_off_at: float | None = None
         self._taken_back_at: float | None = None
@@ -347,6 +348,8 @@ class Runner:
         self._bash = bash
         self._directory, self._timing, self._changed, self._entry_point = directory, timing, changed, list(entry_point)
         self._instances: dict[str, Instance] = {}
+        self.pull_hangs = False
+        """Whether every instance's ``docker pull`` hangs; ``Instance.pull_hangs``: that instance's alone."""
         # set once the servers listen
         self.control = ""
         self.environment: dict[str, str] = {}

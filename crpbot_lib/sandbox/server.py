@@ -101,6 +101,12 @@ class _Visibility(BaseModel):
     seconds: float = Field(ge=0)
 
 
+class _Pull(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    hang: bool
+
+
 def default_data_dir() -> Path | None:
     """``CRPBOT_SANDBOX_DATA``, else ``../shared/market_data`` beside the repository if it is there, else None (generated data).
 
@@ -401,9 +407,11 @@ class Sandbox:
             Rule("/_sandbox/rate_limits", endpoint="rate_limits", methods=["GET", "POST"]),
             Rule("/_sandbox/requests", endpoint="requests", methods=["GET", "DELETE"]),
             Rule("/_sandbox/instances", endpoint="instances", methods=["GET"]),
+            Rule("/_sandbox/instances/pull", endpoint="pull_anywhere", methods=["POST"]),
             Rule("/_sandbox/instances/<instance>/console", endpoint="console", methods=["GET"]),
             Rule("/_sandbox/instances/<instance>/power", endpoint="power", methods=["POST"]),
             Rule("/_sandbox/instances/<instance>/logs", endpoint="logs", methods=["POST"]),
+            Rule("/_sandbox/instances/<instance>/pull", endpoint="pull", methods=["GET", "POST"]),
             Rule("/_sandbox/instances/<instance>/interrupt", endpoint="interrupt", methods=["POST"]),
             Rule("/_sandbox/instances/<instance>/freeze", endpoint="freeze", methods=["POST"]),
             Rule("/_sandbox/metadata/<instance>/latest/<path:path>", endpoint="metadata", methods=["GET", "PUT"]),
@@ -574,6 +582,18 @@ class Sandbox:
         body = request.get_json()
         self.aws.put_log_events(body["group"], body["stream"], body["events"])
         return _json({})
+
+    def _on_pull_anywhere(self, request: Request) -> Response:
+        """{"hang": true}: from now on every instance's image pull hangs, until this is taken back."""
+        self.runner.pull_hangs = _Pull.model_validate(request.get_json()).hang
+        return _json({"hang": self.runner.pull_hangs})
+
+    def _on_pull(self, request: Request, instance: str) -> Response:
+        """The same of one instance; GET is what its docker asks."""
+        found = self._instance(instance)
+        if request.method == "POST":
+            found.pull_hangs = _Pull.model_validate(request.get_json()).hang
+        return _json({"hang": found.pull_hangs or self.runner.pull_hangs})
 
     def _on_interrupt(self, request: Request, instance: str) -> Response:
         """EC2 takes a spot instance back, after a notice."""
