@@ -15,6 +15,7 @@ from typing import get_args
 
 from crpbot_lib.sandbox.coingecko import Plan
 from crpbot_lib.sandbox.faults import TARGETS, RateLimit, Target
+from crpbot_lib.sandbox.instances import TRAINING_ENTRY_POINT
 from crpbot_lib.sandbox.server import Sandbox, SandboxOptions, default_data_dir
 from crpbot_lib.sandbox.synthetic import DEFAULT_END, DEFAULT_START
 
@@ -39,6 +40,10 @@ def _rate_limit(text: str) -> tuple[Target, RateLimit]:
     return target, RateLimit(per_second=float(per_second), burst=float(burst or per_second))
 
 
+def _paced(seconds: float) -> tuple[str, ...]:
+    return (sys.executable, "-m", "crpbot_lib.sandbox.paced", str(seconds))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m crpbot_lib.sandbox", description=__doc__)
     serve = parser.add_subparsers(dest="command", required=True).add_parser("serve", help="run until SIGTERM or Ctrl-C")
@@ -61,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--boot-seconds", type=float, default=2.0)
     add("--shutdown-seconds", type=float, default=1.5)
     add("--minute-seconds", type=float, default=60.0, help="length of a minute in an instance's `shutdown -h +N`")
+    add("--step-seconds", type=float, default=0.0, help="what each training step of a run takes while it is held at `step`")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--advertise", default=None, help="host name in the addresses given to clients")
     add("--port", type=int, default=0, help="markets, Telegram and control; 0: a free one")
@@ -87,6 +93,7 @@ def _options(arguments: argparse.Namespace) -> SandboxOptions:
         shutdown_seconds=arguments.shutdown_seconds,
         minute_seconds=arguments.minute_seconds,
         spot_prices={**SandboxOptions().spot_prices, **dict(arguments.spot_price)},
+        entry_point=_paced(arguments.step_seconds) if arguments.step_seconds else TRAINING_ENTRY_POINT,
         host=arguments.host,
         advertise=arguments.advertise,
         port=arguments.port,

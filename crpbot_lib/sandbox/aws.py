@@ -34,7 +34,8 @@ from moto.ssm.models import Parameter
 from crpbot_lib.sandbox import ec2_launch
 from crpbot_lib.sandbox.ec2_faults import Call, Ec2Faults
 from crpbot_lib.sandbox.ec2_prices import SpotPrices
-from crpbot_lib.sandbox.ec2_wire import NAMESPACE, Answer, Form, Refusal, StartResponse, answer
+from crpbot_lib.sandbox.ec2_wire import NAMESPACE, Answer, Form, Refusal, StartResponse, answer, filters, listed
+from crpbot_lib.sandbox.holds import Holds, Point
 from crpbot_lib.sandbox.instances import STATE_CODES, Instance, Launch, Runner, State
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ _REFUSED = {
 }
 
 Environ = dict[str, Any]
+_RUN_TAG = "crpbot:run"
 
 
 class Aws:
@@ -65,8 +67,11 @@ class Aws:
         log_groups: Sequence[str],
         instance_profiles: Sequence[str],
         image_parameters: Sequence[str],
+        holds: Holds | None = None,
     ) -> None:
         self.region = region
+        self._holds = holds or Holds()
+        self._user_agent = ""
         self.faults = Ec2Faults(region)
         self.invisible_seconds = 0.0
         """How long after its launch an instance is not to be seen, nor to be named in a request."""
@@ -98,6 +103,8 @@ class Aws:
             # moto looks first and writes later; S3 does both at once
             with self._conditional_put_lock:
                 return self._ask_moto(environ).send(start_response)
+        if (run := _published_run(environ)) and (error := self._holds.wait(run, "publish")):
+            return _s3_error(error).send(start_response)
         answered: Iterable[bytes] = self._moto(environ, start_response)
         return answered
 
@@ -118,7 +125,26 @@ class Aws:
         data = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         form = dict(parse_qsl(data.decode(), keep_blank_values=True))
         action = form.get("Action", "")
+        for run, at in self._held_before(action, form):
+            if error := self._holds.wait(run, at):
+                return Refusal(error, f"{action}: refused by a hold of the local cloud.").answer()
+        answered = self._answer_ec2(environ, action, form)
+        if action == "RunInstances" and (error := self._holds.wait(_tagged_run(form), "launched")):
+            return Refusal(error, f"{action}: carried out, and its answer lost by a hold of the local cloud.").answer()
+        return answered
+
+    def _held_before(self, action: str, form: Form) -> list[tuple[str, Point]]:
+        """Where the runs that a call is about may be held before it is carried out."""
+        if action == "DescribeInstances":
+            return [(run, "look") for run in filters(form).get(f"tag:{_RUN_TAG}", [])]
+        if action == "TerminateInstances":
+            known = [i for i in self.runner.all() if i.launch.id in listed(form, "InstanceId")]
+            return [(i.launch.run, "terminate") for i in known]
+        return []
+
+    def _answer_ec2(self, environ: Environ, action: str, form: Form) -> Answer:
         with self._ec2_lock:
+            self._user_agent = environ.get("HTTP_USER_AGENT", "")
             refusal = ec2_launch.check(form, self.region) if action == "RunInstances" else None
             if refusal:
                 return refusal.answer()
@@ -264,6 +290,7 @@ class Aws:
                 lifecycle="spot" if spot else "on-demand",
                 zone=call.zone,
                 spot_price=self._prices.current(call.type, call.zone) if spot else None,
+                run=_tagged_run(form),
             )
         )
 
@@ -274,8 +301,8 @@ class Aws:
 
         # moto's TerminateInstances and StopInstances call these, after they have checked the request
         hooks: Any = moto_instance
-        hooks.terminate = lambda: asked_to_end(instance.terminate)
-        hooks.stop = lambda: asked_to_end(instance.stop)
+        hooks.terminate = lambda: asked_to_end(lambda: instance.terminate(by=self._user_agent))
+        hooks.stop = lambda: asked_to_end(lambda: instance.stop(by=self._user_agent))
         self.show_state(instance)
         log.info("%s: %s %s launched in %s", instance_id, call.type, instance.launch.lifecycle, call.zone)
 
@@ -384,6 +411,24 @@ def _instance_items(root: ElementTree.Element) -> list[ElementTree.Element]:
 
 def _text(item: ElementTree.Element, name: str) -> str:
     return item.findtext(f"{{{NAMESPACE}}}{name}") or ""
+
+
+def _tagged_run(form: Form) -> str:
+    """The run that RunInstances tags its instances with; empty where it tags none."""
+    prefixes = [key.removesuffix("Key") for key, value in form.items() if key.endswith(".Key") and value == _RUN_TAG]
+    return form.get(f"{prefixes[0]}Value", "") if prefixes else ""
+
+
+def _published_run(environ: Environ) -> str:
+    """The run whose trained model S3 is asked for."""
+    match = re.fullmatch(r".*/training-runs/([^/]+)/[^/]+/model\.pt", environ.get("PATH_INFO", ""))
+    return match.group(1) if match and environ.get("REQUEST_METHOD") == "GET" else ""
+
+
+def _s3_error(code: str) -> Answer:
+    message = "refused by a hold of the local cloud"
+    body = f"<Error><Code>{escape(code)}</Code><Message>{message}</Message></Error>"
+    return Answer("403 Forbidden", [("Content-Type", "application/xml")], body.encode())
 
 
 def _subnet(form: Form) -> str | None:

@@ -14,6 +14,7 @@ Imports the standard library alone.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -42,7 +43,7 @@ _MS_REC_PRIVATE = 0x4000 | 1 << 18
 # linux/capability.h: KILL, SYS_MODULE, SYS_RAWIO, SYS_ADMIN, SYS_BOOT, SYS_TIME
 _DANGEROUS_CAPABILITIES = (5, 16, 17, 21, 22, 25)
 _LOG_FLUSH_SECONDS = 0.4
-_PULL_POLL_SECONDS = 0.25
+_HELD_POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,13 @@ def _boot(machine: Machine) -> NoReturn:
     boot_pid = os.getpid()
 
     def end_all(_signum: int, _frame: object) -> NoReturn:
-        while below := descendants(boot_pid):
-            send(below, signal.SIGKILL)
-            time.sleep(0.01)
+        # until there is no child: what a killed process has just forked is in no list yet, and becomes ours, or dies with the namespace
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                send(descendants(boot_pid), signal.SIGKILL)
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+                time.sleep(0.01)
         os._exit(0)
 
     signal.signal(signal.SIGTERM, end_all)
@@ -174,13 +179,13 @@ def _first_process(machine: Machine, libc: ctypes.CDLL, isolated: bool) -> NoRet
 # --- stand-ins ---------------------------------------------------------------------------------------------------------------
 
 
-def _tell(machine: Machine, what: str, message: dict[str, Any] | None) -> dict[str, Any]:
-    """POSTs to the local cloud's control address, or asks it (None); RuntimeError with its answer when it refuses."""
+def _tell(machine: Machine, what: str, message: dict[str, Any]) -> dict[str, Any]:
+    """POSTs to the local cloud's control address; RuntimeError with its answer when it refuses."""
     request = urllib.request.Request(
         f"{machine.control}/_sandbox/instances/{machine.instance}/{what}",
-        data=None if message is None else json.dumps(message).encode(),
+        data=json.dumps(message).encode(),
         headers={"Content-Type": "application/json"},
-        method="GET" if message is None else "POST",
+        method="POST",
     )
     # no proxy of the environment stands between an instance and its cloud
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -190,6 +195,18 @@ def _tell(machine: Machine, what: str, message: dict[str, Any] | None) -> dict[s
             return answer
     except urllib.error.HTTPError as error:
         raise RuntimeError(json.load(error).get("error", str(error))) from None
+
+
+def _held(machine: Machine, at: str) -> bool:
+    """Whether the local cloud holds this instance's run at this point."""
+    return bool(_tell(machine, "held", {"at": at})["held"])
+
+
+def _power_off(machine: Machine) -> int:
+    while _held(machine, "power-off"):
+        time.sleep(_HELD_POLL_SECONDS)
+    _tell(machine, "power", {"action": "off"})
+    return 0
 
 
 def _refuse(name: str, text: str, code: int) -> int:
@@ -209,8 +226,7 @@ def _shutdown(machine: Machine, arguments: list[str]) -> int:
         return 0
     when = rest[0] if rest else "+1"
     if when in ("now", "+0"):
-        _tell(machine, "power", {"action": "off"})
-        return 0
+        return _power_off(machine)
     if not when.startswith("+") or not when[1:].isdigit():
         return _refuse("shutdown", f"failed to parse time specification: {when} (the local cloud knows `now` and `+MINUTES`)", 1)
     answer = _tell(machine, "power", {"action": "schedule", "minutes": int(when[1:])})
@@ -221,8 +237,7 @@ def _shutdown(machine: Machine, arguments: list[str]) -> int:
 def _poweroff(machine: Machine, arguments: list[str]) -> int:
     if arguments:
         return _refuse("poweroff", f"the local cloud knows no option {' '.join(arguments)}", 1)
-    _tell(machine, "power", {"action": "off"})
-    return 0
+    return _power_off(machine)
 
 
 def _nvidia_smi(_machine: Machine, _arguments: list[str]) -> int:
@@ -307,11 +322,11 @@ def _docker(machine: Machine, arguments: list[str]) -> int:
         sys.stdout.write("Login Succeeded\n")
         return 0
     if verb == "pull" and len(rest) == 1 and not rest[0].startswith("-"):
-        if _tell(machine, "pull", None)["hang"]:
+        if _held(machine, "pull"):
             sys.stdout.write(f"{rest[0]}: pulling, and the registry says nothing\n")
             sys.stdout.flush()
-            while _tell(machine, "pull", None)["hang"]:
-                time.sleep(_PULL_POLL_SECONDS)
+            while _held(machine, "pull"):
+                time.sleep(_HELD_POLL_SECONDS)
         sys.stdout.write(f"Status: the local cloud runs {rest[0]} as a process; nothing to download\n")
         return 0
     if verb == "run":

@@ -23,6 +23,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from crpbot_lib.sandbox import guest
+from crpbot_lib.sandbox.holds import Holds
 from crpbot_lib.sandbox.processes import descendants, freeze, send, spawn
 
 State = Literal["pending", "running", "shutting-down", "terminated", "stopping", "stopped"]
@@ -38,6 +39,7 @@ Initiator = Literal["user", "instance", "spot", "local cloud"]
 ALIVE: tuple[State, ...] = ("pending", "running")
 
 SPOT_TERMINATION = "Server.SpotInstanceTermination"
+_HELD_SECONDS = 0.2
 TERM_GRACE_SECONDS = 2.0
 """What the processes of an ending instance get between SIGTERM and SIGKILL."""
 TRAINING_ENTRY_POINT = (sys.executable, "-m", "crpbot_lib.training")
@@ -64,6 +66,8 @@ class Launch:
     lifecycle: Literal["spot", "on-demand"]
     zone: str
     spot_price: float | None
+    run: str = ""
+    """The training run that it is tagged with."""
 
 
 class Interruption(BaseModel):
@@ -88,6 +92,8 @@ class _End:
     """Why and when an instance began to end."""
 
     initiator: Initiator
+    by: str
+    """What exactly: the caller's User-Agent; ``power-off`` or ``deadline`` of the instance itself; else the initiator."""
     at: datetime
     final: State
     began: float = field(default_factory=time.monotonic)
@@ -96,7 +102,9 @@ class _End:
 class Instance:
     """One instance. ``changed`` is called, from any thread and with no lock held, after every change of state."""
 
-    def __init__(self, launch: Launch, machine: guest.Machine, timing: Timing, changed: Callable[[Instance], None]) -> None:
+    def __init__(
+        self, launch: Launch, machine: guest.Machine, timing: Timing, changed: Callable[[Instance], None], holds: Holds
+    ) -> None:
         self.launch = launch
         self.state: State = "pending"
         self.history: list[tuple[State, datetime]] = [("pending", datetime.now(UTC))]
@@ -106,8 +114,7 @@ class Instance:
         """When EC2 takes the instance back, once it has said so; ``rebalance_at``: when it recommended to move."""
         self.rebalance_at: datetime | None = None
         self.frozen = False
-        self.pull_hangs = False
-        self._machine, self._timing, self._changed = machine, timing, changed
+        self._machine, self._timing, self._changed, self._holds = machine, timing, changed, holds
         self._power_off_at: float | None = None
         self._taken_back_at: float | None = None
         self._condition = threading.Condition()
@@ -119,18 +126,18 @@ class Instance:
     def start(self) -> None:
         self._thread.start()
 
-    def terminate(self, initiator: Initiator = "user") -> None:
-        """Ends the instance for good, from any state. Returns at once; the states follow."""
-        self._begin_end(initiator, "terminated")
+    def terminate(self, initiator: Initiator = "user", by: str = "") -> None:
+        """Ends the instance for good, from any state. Returns at once; the states follow. ``by``: the caller's User-Agent."""
+        self._begin_end(initiator, "terminated", by)
 
-    def stop(self, initiator: Initiator = "user") -> None:
+    def stop(self, initiator: Initiator = "user", by: str = "") -> None:
         """StopInstances: like ``terminate``, but the instance stays, ``stopped``."""
-        self._begin_end(initiator, "stopped")
+        self._begin_end(initiator, "stopped", by)
 
-    def power_off(self) -> None:
+    def power_off(self, by: str = "power-off") -> None:
         """The instance switched itself off; its InstanceInitiatedShutdownBehavior says what that means. A frozen one cannot."""
         if not self.frozen:
-            self._begin_end("instance", "terminated" if self.launch.shutdown_behavior == "terminate" else "stopped")
+            self._begin_end("instance", "terminated" if self.launch.shutdown_behavior == "terminate" else "stopped", by)
 
     def schedule_power_off(self, minutes: int) -> datetime:
         """``shutdown -h +minutes``: replaces what was scheduled before. Returns when it will be."""
@@ -214,7 +221,10 @@ class Instance:
     # --- its life, in its own thread ---
 
     def _live(self) -> None:
-        if not self._wait_for_end(self._timing.boot) and self._advance("pending", "running"):
+        booted = not self._wait_for_end(self._timing.boot)
+        while booted and not self.frozen and self._holds.holding(self.launch.run, "boot"):
+            booted = not self._wait_for_end(_HELD_SECONDS)
+        if booted and self._advance("pending", "running"):
             if not self.frozen:
                 self._boot()
             if self.frozen:  # it may have come to that while booting, when there was nothing to freeze
@@ -244,14 +254,14 @@ class Instance:
             if due == taken_back:
                 self._begin_end("spot", "terminated")
             else:
-                self.power_off()
+                self.power_off("deadline")
 
-    def _begin_end(self, initiator: Initiator, final: State) -> None:
+    def _begin_end(self, initiator: Initiator, final: State, by: str = "") -> None:
         with self._condition:
             if self.end is None:
-                self.end = _End(initiator, datetime.now(UTC), final)
+                self.end = _End(initiator, by or initiator, datetime.now(UTC), final)
             elif final == "terminated" and self.end.final == "stopped":
-                self.end = _End(initiator, datetime.now(UTC), final)
+                self.end = _End(initiator, by or initiator, datetime.now(UTC), final)
                 if self.state == "stopped":
                     self._set("terminated")  # nothing runs any more, so there is nothing to wait for
             else:
@@ -341,15 +351,15 @@ class Runner:
         *,
         changed: Callable[[Instance], None],
         entry_point: Sequence[str] = TRAINING_ENTRY_POINT,
+        holds: Holds | None = None,
     ) -> None:
+        self.holds = holds or Holds()
         bash = shutil.which("bash")
         if bash is None:
             raise RuntimeError("the local cloud runs user data with bash, and there is none on PATH: install bash")
         self._bash = bash
         self._directory, self._timing, self._changed, self._entry_point = directory, timing, changed, list(entry_point)
         self._instances: dict[str, Instance] = {}
-        self.pull_hangs = False
-        """Whether every instance's ``docker pull`` hangs; ``Instance.pull_hangs``: that instance's alone."""
         # set once the servers listen
         self.control = ""
         self.environment: dict[str, str] = {}
@@ -371,7 +381,7 @@ class Runner:
             environment={**self.environment, **metadata},
             profile={**self.profile, **metadata},
         )
-        instance = Instance(launch, machine, self._timing, self._changed)
+        instance = Instance(launch, machine, self._timing, self._changed, self.holds)
         self._instances[launch.id] = instance
         instance.start()
         return instance
@@ -392,6 +402,7 @@ class Runner:
 
     def close(self) -> None:
         """Ends every instance and waits until no process of any is left."""
+        self.holds.close()
         for instance in self.all():
             instance.terminate("local cloud")
         for instance in self.all():

@@ -31,6 +31,7 @@ from crpbot_lib.sandbox.data import COINS, FolderSource, MixedSource, Source
 from crpbot_lib.sandbox.ec2_faults import Ec2Fault
 from crpbot_lib.sandbox.ec2_metadata import MetadataService
 from crpbot_lib.sandbox.faults import Fault, Faults, RateLimit, Target, Traffic
+from crpbot_lib.sandbox.holds import Hold, Holds, Point, Release
 from crpbot_lib.sandbox.instances import TRAINING_ENTRY_POINT, Instance, Interruption, Runner, Timing
 
 log = logging.getLogger(__name__)
@@ -101,10 +102,10 @@ class _Visibility(BaseModel):
     seconds: float = Field(ge=0)
 
 
-class _Pull(BaseModel):
+class _Held(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    hang: bool
+    at: Point
 
 
 def default_data_dir() -> Path | None:
@@ -212,6 +213,7 @@ class Sandbox:
     def __init__(self, options: SandboxOptions | None = None) -> None:
         self.options = options or SandboxOptions()
         self.faults = Faults()
+        self.holds = Holds()
         self.traffic = Traffic(self.options.rate_limits)
         self.telegram: list[dict[str, Any]] = []
         """Messages sent to the Telegram stand-in, oldest first."""
@@ -267,12 +269,14 @@ class Sandbox:
             log_groups=[gpu.log_group],
             instance_profiles=[gpu.instance_profile],
             image_parameters=[gpu.ami.removeprefix(_SSM_PREFIX)] if gpu.ami.startswith(_SSM_PREFIX) else [],
+            holds=self.holds,
         )
         self.runner = Runner(
             state.resolve() / "instances",
             Timing(options.boot_seconds, options.shutdown_seconds, options.minute_seconds),
             changed=self.aws.show_state,
             entry_point=options.entry_point,
+            holds=self.holds,
         )
         self.aws.runner = self.runner
         aws_server = make_server(options.host, options.aws_port, self.aws, threaded=True, request_handler=_QuietMotoHandler)
@@ -303,6 +307,7 @@ class Sandbox:
             return
         self._running = False
         self._stopping.set()
+        self.holds.close()
         try:
             if hasattr(self, "runner"):
                 self.runner.close()
@@ -373,6 +378,7 @@ class Sandbox:
             "state": instance.state,
             "history": [{"state": state, "at": at.isoformat()} for state, at in list(instance.history)],
             "reason": instance.reason,
+            "ended_by": instance.end.by if instance.end else "",
             "state_reason": instance.state_reason[0],
             "pids": instance.pids(),
         }
@@ -406,12 +412,13 @@ class Sandbox:
             Rule("/_sandbox/faults", endpoint="faults", methods=["GET", "POST"]),
             Rule("/_sandbox/rate_limits", endpoint="rate_limits", methods=["GET", "POST"]),
             Rule("/_sandbox/requests", endpoint="requests", methods=["GET", "DELETE"]),
+            Rule("/_sandbox/holds", endpoint="holds", methods=["GET", "POST"]),
+            Rule("/_sandbox/holds/release", endpoint="release", methods=["POST"]),
             Rule("/_sandbox/instances", endpoint="instances", methods=["GET"]),
-            Rule("/_sandbox/instances/pull", endpoint="pull_anywhere", methods=["POST"]),
             Rule("/_sandbox/instances/<instance>/console", endpoint="console", methods=["GET"]),
             Rule("/_sandbox/instances/<instance>/power", endpoint="power", methods=["POST"]),
             Rule("/_sandbox/instances/<instance>/logs", endpoint="logs", methods=["POST"]),
-            Rule("/_sandbox/instances/<instance>/pull", endpoint="pull", methods=["GET", "POST"]),
+            Rule("/_sandbox/instances/<instance>/held", endpoint="held", methods=["POST"]),
             Rule("/_sandbox/instances/<instance>/interrupt", endpoint="interrupt", methods=["POST"]),
             Rule("/_sandbox/instances/<instance>/freeze", endpoint="freeze", methods=["POST"]),
             Rule("/_sandbox/metadata/<instance>/latest/<path:path>", endpoint="metadata", methods=["GET", "PUT"]),
@@ -583,17 +590,21 @@ class Sandbox:
         self.aws.put_log_events(body["group"], body["stream"], body["events"])
         return _json({})
 
-    def _on_pull_anywhere(self, request: Request) -> Response:
-        """{"hang": true}: from now on every instance's image pull hangs, until this is taken back."""
-        self.runner.pull_hangs = _Pull.model_validate(request.get_json()).hang
-        return _json({"hang": self.runner.pull_hangs})
-
-    def _on_pull(self, request: Request, instance: str) -> Response:
-        """The same of one instance; GET is what its docker asks."""
-        found = self._instance(instance)
+    def _on_holds(self, request: Request) -> Response:
+        """{"run": name or "*", "at": point, "skip": n}: holds the run there."""
         if request.method == "POST":
-            found.pull_hangs = _Pull.model_validate(request.get_json()).hang
-        return _json({"hang": found.pull_hangs or self.runner.pull_hangs})
+            self.holds.set(Hold.model_validate(request.get_json()))
+        return _json(self.holds.describe())
+
+    def _on_release(self, request: Request) -> Response:
+        """{"run": name or "*", "at": point, "error": code, "times": n}: lets it go on."""
+        self.holds.release(Release.model_validate(request.get_json()))
+        return _json(self.holds.describe())
+
+    def _on_held(self, request: Request, instance: str) -> Response:
+        """What an instance's docker, shutdown and training ask."""
+        at = _Held.model_validate(request.get_json()).at
+        return _json({"held": self.holds.holding(self._instance(instance).launch.run, at)})
 
     def _on_interrupt(self, request: Request, instance: str) -> Response:
         """EC2 takes a spot instance back, after a notice."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -22,18 +22,18 @@ from crpbot_lib.sandbox.server import Sandbox
 @pytest.fixture
 def hanging(
     ec2: Any, gpu: GpuSettings, lake: Lake, cloud: Sandbox, run: str, until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[float], Instance]]:
+) -> Callable[[float], Instance]:
     """Launches the run's instance with minutes of so many seconds; its pull hangs when this returns."""
 
     def hang(minute: float) -> Instance:
         monkeypatch.setattr(cloud.runner, "_timing", Timing(boot=0.2, shutdown=0.2, minute=minute))
-        requests.post(f"{cloud.control_url}/_sandbox/instances/pull", json={"hang": True}, timeout=10).raise_for_status()
+        hold = {"run": run, "at": "pull"}
+        requests.post(f"{cloud.control_url}/_sandbox/holds", json=hold, timeout=10).raise_for_status()
         launched = launch.ensure_instance(ec2, lake, gpu, run)
         until(lambda: "the registry says nothing" in cloud.runner.get(launched.id).console)
         return launched
 
-    yield hang
-    requests.post(f"{cloud.control_url}/_sandbox/instances/pull", json={"hang": False}, timeout=10).raise_for_status()
+    return hang
 
 
 def test_an_instance_whose_pull_hangs_ends_itself_at_its_deadline_with_nothing_else_running(

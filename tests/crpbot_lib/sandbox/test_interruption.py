@@ -273,38 +273,6 @@ def test_ec2_takes_a_frozen_spot_instance_back_all_the_same(cloud: Any) -> None:
     assert [pid for pid in pids if alive(pid)] == []
 
 
-PULL = "#!/bin/bash\nshutdown -h +1000\ndocker pull image\necho pulled\nsleep 600\n"
-HANGS = "image: pulling, and the registry says nothing"
-
-
-def test_a_pull_hangs_where_it_is_told_to_and_goes_on_when_that_is_taken_back(cloud: Any) -> None:
-    assert cloud.post("/_sandbox/instances/pull", {"hang": True}).json() == {"hang": True}
-    try:
-        instance = cloud.launch(PULL)
-        cloud.wait_for_console(instance, HANGS)
-    finally:
-        cloud.post("/_sandbox/instances/pull", {"hang": False}).raise_for_status()
-    cloud.wait_for_console(instance, "pulled")
-
-
-def test_a_pull_can_hang_on_one_instance_alone(cloud: Any) -> None:
-    instance = cloud.launch(PULL.replace("docker", "sleep 1\ndocker"))
-    cloud.post(f"/_sandbox/instances/{instance}/pull", {"hang": True}).raise_for_status()
-    cloud.wait_for_console(cloud.launch(PULL), "pulled")
-    assert "pulled" not in cloud.wait_for_console(instance, HANGS)
-    pids = cloud.record(instance)["pids"]
-    cloud.ec2.terminate_instances(InstanceIds=[instance])
-    cloud.wait_for_state(instance, "terminated")
-    assert [pid for pid in pids if alive(pid)] == []
-    assert "pulled" not in cloud.console(instance)
-
-
-@pytest.mark.parametrize("how", [{}, {"hang": "for ever"}, {"hang": True, "image": "image"}])
-def test_a_hang_that_makes_no_sense_is_refused(cloud: Any, how: dict[str, Any]) -> None:
-    assert cloud.post("/_sandbox/instances/pull", how).status_code == 400
-    assert cloud.post("/_sandbox/instances/i-00000000000000000/pull", {"hang": True}).status_code == 404
-
-
 def test_what_has_ended_cannot_be_frozen(cloud: Any) -> None:
     instance = cloud.launch("#!/bin/bash\n")
     cloud.ec2.terminate_instances(InstanceIds=[instance])
