@@ -123,7 +123,7 @@ def _boot(machine: Machine) -> NoReturn:
     boot_pid = os.getpid()
 
     def end_all(_signum: int, _frame: object) -> NoReturn:
-        # until there is no child: what a killed process has just forked is in no list yet, and becomes ours, or dies with the namespace
+        # until no child is left: what a killed process had just forked is in no list; it becomes ours, or ends with its namespace
         with contextlib.suppress(ChildProcessError):
             while True:
                 send(descendants(boot_pid), signal.SIGKILL)
