@@ -77,6 +77,10 @@ class GpuSettings(_Model):
     visibility_grace_seconds: float = Field(default=10, ge=0)
     """How long a launched instance may stay invisible to DescribeInstances; absence is believed only after it."""
     poll_seconds: float = Field(default=5, gt=0)
+    reap_seconds: float = Field(default=600, gt=0)
+    """How often the reaper's DAG looks."""
+    reap_grace_minutes: float = Field(default=5, ge=0)
+    """The reaper leaves a younger instance alone until its deadline: its run's state may not be visible yet."""
     max_run_usd: float = Field(default=5, gt=0)
     """What all generations of one run may come to: what has ended at its price, what may still cost at its worst case."""
     max_month_usd: float = Field(default=50, gt=0)

@@ -1,7 +1,7 @@
 """# reap_gpu_instances
 
-Every ten minutes: terminates tagged GPU instances that nothing else ended, because their run is over or their deadline has passed,
-and says what it did. Layer 4 of the promise that no GPU is left running; `crpbot gpu reap` is the same for cron.
+Every ten minutes (`gpu.reap_seconds`): terminates tagged GPU instances that nothing else ended, because their run is over or their
+deadline has passed, and says what it did. Layer 4 of the promise that no GPU is left running; `crpbot gpu reap` is the same for cron.
 
 An instance past its deadline ends at once. One whose run has ended is marked on the first pass and ends on the second; one that
 was launched less than five minutes ago is left alone.
@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from airflow.sdk import CronTriggerTimetable, dag
+from airflow.sdk import DeltaTriggerTimetable, dag
 
 from crpbot_airflow.defaults import Tag, default_args
 from crpbot_airflow.operators import ReapInstances
+from crpbot_lib.config import settings
 
 
 @dag(
-    schedule=CronTriggerTimetable("*/10 * * * *", timezone="UTC"),
+    schedule=DeltaTriggerTimetable(timedelta(seconds=settings().gpu.reap_seconds)),
     start_date=datetime(2023, 11, 10, tzinfo=UTC),
     catchup=False,
     max_active_runs=1,

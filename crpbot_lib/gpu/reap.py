@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BOOT_GRACE = timedelta(minutes=5)
-"""A younger instance may belong to a run whose state is not visible yet."""
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -37,11 +34,11 @@ class Verdict:
     usd: float | None = None
 
 
-def judge(instance: Instance, run_ended: bool | None, now: datetime, *, overtaken: bool = False) -> Verdict:
-    """The rule. ``run_ended``: True, False, or None when nobody knows; then only the deadline counts. ``overtaken``: a later launch
-    of the same run is alive.
+def judge(instance: Instance, run_ended: bool | None, now: datetime, grace: timedelta, *, overtaken: bool = False) -> Verdict:
+    """The rule. ``run_ended``: True, False, or None when nobody knows; then only the deadline counts. ``grace``: of an instance
+    that was just launched. ``overtaken``: a later launch of the same run is alive.
 
-    Past the deadline, which its tag alone says, or with no readable deadline after the boot grace: terminate. A run that has ended,
+    Past the deadline, which its tag alone says, or with no readable deadline after the grace: terminate. A run that has ended,
     or another instance that has taken over: suspect on the first pass, terminate on the second, so that a state read at the wrong
     moment kills nothing.
     """
@@ -49,7 +46,7 @@ def judge(instance: Instance, run_ended: bool | None, now: datetime, *, overtake
     deadline = instance.deadline
     if deadline is not None and now > deadline:
         return Verdict(instance, "terminate", f"past its deadline {deadline.isoformat()}")
-    if age < BOOT_GRACE:
+    if age < grace:
         return Verdict(instance, "keep", f"launched {age.total_seconds():.0f} s ago")
     if deadline is None:
         return Verdict(instance, "terminate", f"carries no readable {instances.TAG_DEADLINE} tag")
@@ -86,8 +83,10 @@ def reap(
     own = instances.lake_id(lake)
     failed: list[str] = []
     alive = instances.find(ec2, gpu.project_tag, states=instances.ALIVE)
+    grace = timedelta(minutes=gpu.reap_grace_minutes)
     verdicts = [
-        judge(i, run_ended(i) if i.tags.get(instances.TAG_LAKE) == own else None, at, overtaken=_overtaken(i, alive)) for i in alive
+        judge(i, run_ended(i) if i.tags.get(instances.TAG_LAKE) == own else None, at, grace, overtaken=_overtaken(i, alive))
+        for i in alive
     ]
     for verdict in verdicts:
         i = verdict.instance

@@ -47,13 +47,13 @@ class AirflowError(Exception):
 
 class LocalAirflow:
     """One Airflow home under ``home``. ``env`` is what its tasks see besides (the local cloud's endpoints, settings); ``marker``
-    names everything that it starts.
+    names everything that it starts; ``dags`` is the folder of its DAGs.
 
     Use as a context manager; ``stop`` ends every process that it or its components started.
     """
 
-    def __init__(self, home: Path, env: dict[str, str], port: int = 0, marker: str = "") -> None:
-        self.home = home.resolve()
+    def __init__(self, home: Path, env: dict[str, str], port: int = 0, marker: str = "", dags: Path = REPOSITORY / "dags") -> None:
+        self.home, self.dags = home.resolve(), dags
         self.port = port or _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.password = secrets.token_urlsafe(12)
@@ -71,7 +71,7 @@ class LocalAirflow:
             **inherited,
             "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(self.home / "logs"),
             "AIRFLOW_HOME": str(self.home),
-            "AIRFLOW__CORE__DAGS_FOLDER": str(REPOSITORY / "dags"),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(self.dags),
             "AIRFLOW__CORE__PLUGINS_FOLDER": str(REPOSITORY / "plugins"),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
             "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
@@ -127,6 +127,12 @@ class LocalAirflow:
             self._children[name] = processes.spawn(
                 [_airflow(), name, *COMPONENTS[name]], env=self.env, stdout=out, stderr=out, cwd=self.home, marker=self.marker
             )
+
+    def kill_component(self, name: str) -> None:
+        """SIGKILL to one component and to it alone; what it started goes on, as it does on a machine."""
+        child = self._children.pop(name)
+        child.kill()
+        child.wait(timeout=30)
 
     def stop(self) -> None:
         """Ends every component and whatever they started; idempotent."""
@@ -207,6 +213,10 @@ class LocalAirflow:
         """Marks a run, as the UI's "Mark state as …" does."""
         self._request("PATCH", f"dags/{dag}/dagRuns/{run}", {"state": state})
 
+    def mark_task(self, dag: str, run: str, task: str, state: str) -> None:
+        """Marks a task of a run, as the UI's "Mark state as …" does."""
+        self._request("PATCH", f"dags/{dag}/dagRuns/{run}/taskInstances/{task}", {"new_state": state})
+
     def clear(self, dag: str, run: str, task: str) -> None:
         """Clears a task with what follows it, as the UI's "Clear task" does."""
         body = {"dry_run": False, "dag_run_id": run, "task_ids": [task], "include_downstream": True, "only_failed": False}
@@ -250,7 +260,7 @@ class LocalAirflow:
                 unhealthy = [name for name, part in health.items() if part.get("status") != "healthy"]
                 if not unhealthy:
                     self._login()
-                    if self._get("dags", limit=100)["total_entries"] >= len(list((REPOSITORY / "dags").glob("*.py"))):
+                    if self._get("dags", limit=100)["total_entries"] >= len(list(self.dags.glob("*.py"))):
                         return
                     unhealthy = "the DAGs are not parsed yet"
             except (requests.RequestException, ValueError) as error:

@@ -55,6 +55,8 @@ def _schedule(dag: Any) -> str:
     if expression := getattr(timetable, "expression", None):
         one_day = "; a run is one day, named by its partition key" if hasattr(timetable, "key_format") else ""
         return f"`{expression}`{one_day}"
+    if delta := getattr(timetable, "delta", None):
+        return f"every {delta.total_seconds() / 60:g} min"
     if condition := timetable.asset_condition:
         return f"after an update of {', '.join(f'`{asset.name}`' for asset in condition.objects)}"
     return "none"

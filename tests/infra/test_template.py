@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from crpbot_lib.config import GpuSettings
-from crpbot_lib.gpu import instances, reap
+from crpbot_lib.gpu import instances
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 TEMPLATE = INFRA / "crpbot.yaml"
@@ -48,7 +49,7 @@ def test_the_switchs_code_is_the_file_that_is_tested(template: dict[str, Any]) -
 def test_the_switch_goes_by_the_same_tags_states_and_grace_as_the_reaper(switch: ModuleType) -> None:
     assert (switch.TAG_PROJECT, switch.TAG_DEADLINE) == (instances.TAG_PROJECT, instances.TAG_DEADLINE)
     assert tuple(switch.ALIVE) == instances.ALIVE
-    assert switch.GRACE == reap.BOOT_GRACE
+    assert timedelta(minutes=GpuSettings().reap_grace_minutes) == switch.GRACE
 
 
 def test_every_tag_in_a_policy_is_one_that_the_code_sets_or_reads(template: dict[str, Any]) -> None:

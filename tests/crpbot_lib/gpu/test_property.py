@@ -538,7 +538,7 @@ def check_the_end(world: World) -> None:
 
     over = world.copy()
     over.over = set(RUNS)
-    over.now += reap.BOOT_GRACE + timedelta(minutes=1)
+    over.now += timedelta(minutes=GPU.reap_grace_minutes + 1)
     for _ in range(2):
         assert reaper(over).finish().error is None
         over.now += timedelta(minutes=10)

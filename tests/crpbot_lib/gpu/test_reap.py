@@ -15,6 +15,7 @@ from crpbot_lib.gpu.instances import Instance
 from crpbot_lib.gpu.terminate import TerminationError
 from crpbot_lib.lake import Lake
 
+GRACE = timedelta(minutes=GpuSettings().reap_grace_minutes)
 NOW = datetime(2025, 5, 29, 12, tzinfo=UTC)
 
 
@@ -40,7 +41,7 @@ def instance(age_minutes: float, deadline_in_minutes: float | None, **tags: str)
     ],
 )
 def test_the_rule(what: str, found: Instance, run_ended: bool | None, action: str) -> None:
-    assert reap.judge(found, run_ended, NOW).action == action, what
+    assert reap.judge(found, run_ended, NOW, GRACE).action == action, what
 
 
 def test_an_instance_past_its_deadline_is_ended_and_a_dry_run_only_says_so(
@@ -61,7 +62,7 @@ def test_an_ended_runs_instance_takes_two_passes(
     ec2: Any, gpu: GpuSettings, lake: Lake, until: Callable[..., None], run: str
 ) -> None:
     launch.ensure_instance(ec2, lake, gpu, run)
-    later = datetime.now(UTC) + reap.BOOT_GRACE + timedelta(minutes=1)
+    later = datetime.now(UTC) + GRACE + timedelta(minutes=1)
     actions = [reap.reap(ec2, lake, gpu, lambda _: True, now=lambda: later)[0].action for _ in range(2)]
     assert actions == ["suspect", "terminate"]
     until(lambda: not instances.find(ec2, gpu.project_tag, states=instances.ALIVE))
@@ -71,7 +72,7 @@ def test_of_another_lakes_runs_nothing_is_known_here_so_only_the_deadline_counts
     ec2: Any, gpu: GpuSettings, lake: Lake, tmp_path: Path, until: Callable[..., None], run: str
 ) -> None:
     launch.ensure_instance(ec2, Lake(f"file://{tmp_path}/other"), gpu, run)
-    later = datetime.now(UTC) + reap.BOOT_GRACE + timedelta(minutes=1)
+    later = datetime.now(UTC) + GRACE + timedelta(minutes=1)
     actions = [reap.reap(ec2, lake, gpu, lambda _: True, now=lambda: later)[0].action for _ in range(2)]
     assert actions == ["keep", "keep"]
 
