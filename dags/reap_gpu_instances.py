@@ -1,7 +1,8 @@
 """# reap_gpu_instances
 
 Every ten minutes (`gpu.reap_seconds`): terminates tagged GPU instances that nothing else ended, because their run is over or their
-deadline has passed, and says what it did. Layer 4 of the promise that no GPU is left running; `crpbot gpu reap` is the same for cron.
+deadline has passed, and says what it did. Layer 4 of the promise that no GPU is left running; `crpbot gpu reap` is the same for
+cron.
 
 An instance past its deadline ends at once. One whose run has ended is marked on the first pass and ends on the second; one that
 was launched less than five minutes ago is left alone.

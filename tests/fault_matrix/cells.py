@@ -1,0 +1,124 @@
+"""What the fault matrix holds: where a run can be when something happens to it, what can happen, and which pairs there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Where a run is. ``task`` does its work then; its way there is held at ``holds``, points of the local cloud."""
+
+    name: str
+    task: str
+    holds: tuple[str, ...]
+
+    @property
+    def at(self) -> str:
+        """The point that the run has reached when it is in this phase."""
+        return self.holds[-1]
+
+
+BEFORE_LAUNCH = Phase("before launch", "launch", ("look",))
+IN_RUN_INSTANCES = Phase("inside RunInstances", "launch", ("launched",))
+BOOT = Phase("boot", "train", ("boot",))
+PULL = Phase("image pull", "train", ("pull",))
+TRAINING = Phase("training", "train", ("step",))
+# the instance is alive still, though its job is done
+SYNC = Phase("sync", "sync_models", ("power-off", "publish"))
+# `train` is marked as failed in the middle of the training, so that there is an instance to end
+TEARDOWN = Phase("teardown", "terminate", ("step", "terminate"))
+PHASES = (BEFORE_LAUNCH, IN_RUN_INSTANCES, BOOT, PULL, TRAINING, SYNC, TEARDOWN)
+DEFERRED = (BOOT, PULL, TRAINING)
+"""Nobody but the triggerer works for the run then."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens. ``shared``: to every run at once, so all of its cells meet it in the same moment."""
+
+    name: str
+    shared: bool = False
+
+
+TASK_FAILS = Fault("task fails")
+WORKER_KILLED = Fault("worker SIGKILL")
+SCHEDULER_KILLED = Fault("scheduler SIGKILL", shared=True)
+TRIGGERER_KILLED = Fault("triggerer SIGKILL", shared=True)
+RUN_FAILED = Fault("run marked failed")
+TASK_SUCCESS = Fault("task marked success")
+TASK_CLEARED = Fault("task cleared")
+DAGRUN_TIMEOUT = Fault("dagrun timeout", shared=True)
+AWS_ERRORS = Fault("AWS errors, throttling", shared=True)
+INTERRUPTED = Fault("spot interruption")
+DATABASE_DOWN = Fault("metadata database down", shared=True)
+INSTANCE_HANGS = Fault("instance hangs")
+AIRFLOW_STOPPED = Fault("Airflow stopped", shared=True)
+AIRFLOW_STOPPED_AND_HANGS = Fault("Airflow stopped, instance hangs", shared=True)
+FAULTS = (
+    TASK_FAILS,
+    WORKER_KILLED,
+    RUN_FAILED,
+    TASK_SUCCESS,
+    TASK_CLEARED,
+    INTERRUPTED,
+    INSTANCE_HANGS,
+    DAGRUN_TIMEOUT,
+    AWS_ERRORS,
+    SCHEDULER_KILLED,
+    TRIGGERER_KILLED,
+    DATABASE_DOWN,
+    AIRFLOW_STOPPED,
+    AIRFLOW_STOPPED_AND_HANGS,
+)
+
+
+class Cell(NamedTuple):
+    """One pair."""
+
+    phase: Phase
+    fault: Fault
+
+    @property
+    def key(self) -> str:
+        return f"{self.phase.name} / {self.fault.name}"
+
+
+CANNOT_RUN = {
+    Cell(BEFORE_LAUNCH, INTERRUPTED).key: "there is no instance to interrupt",
+    Cell(BEFORE_LAUNCH, INSTANCE_HANGS).key: "there is no instance to hang",
+    Cell(BEFORE_LAUNCH, AIRFLOW_STOPPED_AND_HANGS).key: "there is no instance to hang",
+}
+CELLS = tuple(Cell(phase, fault) for fault in FAULTS for phase in PHASES if Cell(phase, fault).key not in CANNOT_RUN)
+
+SHORT = tuple(
+    Cell(*pair)
+    for pair in (
+        (BEFORE_LAUNCH, TASK_CLEARED),
+        (IN_RUN_INSTANCES, WORKER_KILLED),
+        (BOOT, INTERRUPTED),
+        (PULL, RUN_FAILED),
+        (TRAINING, INSTANCE_HANGS),
+        (SYNC, TASK_SUCCESS),
+        (TEARDOWN, TASK_FAILS),
+        (IN_RUN_INSTANCES, SCHEDULER_KILLED),
+        (TRAINING, SCHEDULER_KILLED),
+        (TEARDOWN, SCHEDULER_KILLED),
+        (TRAINING, AIRFLOW_STOPPED),
+        (PULL, AIRFLOW_STOPPED),
+        (TRAINING, AIRFLOW_STOPPED_AND_HANGS),
+    )
+)
+"""Every phase, every layer, and the kills of what all runs share; for CI."""
+
+
+def batches(cells: tuple[Cell, ...], at_once: int) -> list[list[Cell]]:
+    """Cells that run side by side, at most ``at_once``: those of a shared fault among themselves, and last what stops Airflow."""
+    stopping = (AIRFLOW_STOPPED, AIRFLOW_STOPPED_AND_HANGS)
+    groups = [
+        [cell for cell in cells if not cell.fault.shared],
+        *([cell for cell in cells if cell.fault == fault] for fault in FAULTS if fault.shared and fault not in stopping),
+        [cell for cell in cells if cell.fault in stopping],
+    ]
+    return [group[first : first + at_once] for group in groups for first in range(0, len(group), at_once)]
