@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 export AWS_EC2_METADATA_DISABLED := true
 
-.PHONY: setup demo up test bench bench-data bench-features lint format docs lock clean
+.PHONY: setup demo up test fault-matrix bench bench-data bench-features lint format docs lock clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,11 @@ up: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Every fault at every phase of a run, in a real Airflow: a table of what ended each instance. Goes on where it was interrupted.
+# make fault-matrix MATRIX="--short", "--fresh", "--only training"
+fault-matrix: setup
+	$(BIN)/python -m tests.fault_matrix $(MATRIX)
 
 # What it costs, in figures: tables on the terminal. Minutes; nothing else should be running.
 bench: bench-data bench-features

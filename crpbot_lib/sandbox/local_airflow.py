@@ -128,6 +128,10 @@ class LocalAirflow:
                 [_airflow(), name, *COMPONENTS[name]], env=self.env, stdout=out, stderr=out, cwd=self.home, marker=self.marker
             )
 
+    def component_pids(self) -> list[int]:
+        """Of the components themselves, not of what they started."""
+        return [child.pid for child in self._children.values()]
+
     def kill_component(self, name: str) -> None:
         """SIGKILL to one component and to it alone; what it started goes on, as it does on a machine."""
         child = self._children.pop(name)

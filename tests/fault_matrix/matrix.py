@@ -1,0 +1,555 @@
+"""The fault matrix: real runs of ``retrain`` in a real Airflow, each struck at a point by a fault, and what became of its instance.
+
+Runs of a batch go side by side, each held by the local cloud at its phase (``crpbot_lib/sandbox/holds.py``) until the fault has
+struck. Then nothing is held any more, and the matrix waits until the run has ended and none of its instances is alive. Who ended
+an instance is what EC2 knows: its own power-off or deadline, or the caller of TerminateInstances.
+
+Clocks are shortened: heartbeats of tasks 20 s, of the job 30 s, reaper and dead-man's switch every 20 s, deadlines 120 s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from crpbot_lib.lake import Lake
+from crpbot_lib.sandbox import demo, processes
+from crpbot_lib.sandbox.local_airflow import REPOSITORY, AirflowError, LocalAirflow, end_marked
+from tests.fault_matrix import cells
+from tests.fault_matrix.cells import Cell
+
+DAY, END = "2025-05-26", "2025-05-27"
+SYMBOL = "ETH-USD"
+LIFETIME_MINUTES = 2
+LOOK_SECONDS = 20
+"""Of the reaper and of the dead-man's switch."""
+SHUTDOWN_SECONDS = 1.5
+LONGEST_LIFE = LIFETIME_MINUTES * 60 + LOOK_SECONDS + SHUTDOWN_SECONDS
+"""Seconds from the launch by which a layer has asked for the end of any instance, and EC2 has carried it out."""
+APPROACH_SECONDS, END_SECONDS = 400, 600
+"""How long a run may take to its phase, and to its end after the fault, on a busy machine."""
+HELD_AFTER_SECONDS = 8.0
+"""Airflow hears of a mark or a clear at the task's next heartbeat, which comes every 5 s: until then the task is held."""
+AWAY_SECONDS = 20.0
+"""How long a killed component, or the database, is away."""
+SHORT_CLOCKS = {
+    "CRPBOT_GPU__MAX_LIFETIME_MINUTES": str(LIFETIME_MINUTES),
+    "CRPBOT_GPU__BOOT_TIMEOUT_MINUTES": "0.75",
+    "CRPBOT_GPU__HEARTBEAT_TIMEOUT_MINUTES": "0.5",
+    "CRPBOT_GPU__REAP_SECONDS": str(LOOK_SECONDS),
+    "CRPBOT_GPU__REAP_GRACE_MINUTES": "0.25",
+    # what the instances of more than a hundred launches could come to at worst
+    "CRPBOT_GPU__MAX_MONTH_USD": "1000",
+    "AIRFLOW__CORE__PARALLELISM": "12",
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "5",
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
+    "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "10",
+    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "10",
+    "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
+}
+SWITCH = """
+import importlib.util, sys, time, traceback
+spec = importlib.util.spec_from_file_location("dead_mans_switch", sys.argv[1])
+switch = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(switch)
+while True:
+    try:
+        switch.handler({}, None)
+    except Exception:
+        traceback.print_exc()
+    time.sleep(float(sys.argv[2]))
+"""
+Log = Callable[[str], None]
+
+
+class MatrixError(Exception):
+    """A cell could not be brought to its phase, or the deployment failed; the message says where its logs are."""
+
+
+@dataclass
+class Result:
+    """What one cell came to. ``seconds`` from the fault until no instance of the run was alive, for good; 0 where none was."""
+
+    cell: str
+    run_state: str
+    layers: list[str]
+    """Who ended each of the run's instances, in the order of their launches."""
+    seconds: float
+    attempts: int
+    """Tries of the task that was struck."""
+    longest_life: float
+    """Seconds that the longest living of its instances lived."""
+    wrong: list[str] = field(default_factory=list)
+    """What the promise forbids and was seen; empty where it held."""
+
+
+@dataclass
+class Struck:
+    """A cell on its way."""
+
+    cell: Cell
+    dag: str
+    dag_run: str
+    run: str = ""
+    prepared: bool = False
+    at: datetime | None = None
+    task_id: str = ""
+
+    @property
+    def key(self) -> str:
+        return self.cell.key
+
+
+class Deployment:
+    """A local cloud, an Airflow on it with shortened clocks, and the dead-man's switch."""
+
+    def __init__(self, state: Path, say: Log) -> None:
+        self.state, self.say = state, say
+        self.marker = f"matrix-{uuid.uuid4().hex}"
+        self._number = 0
+
+    @contextmanager
+    def started(self) -> Iterator[Deployment]:
+        arguments = ("--step-seconds", "3", "--boot-seconds", "1", "--shutdown-seconds", str(SHUTDOWN_SECONDS))
+        before = dict(os.environ)
+        with demo.local_cloud(self.state / "cloud", self.marker, *arguments) as cloud:
+            self.control = cloud["control_url"]
+            self.env = {**demo.profile(cloud["env"]), **SHORT_CLOCKS}
+            os.environ.update({name: value for name, value in self.env.items() if name.startswith(("AWS_", "CRPBOT_"))})
+            switch = processes.spawn(
+                [sys.executable, "-c", SWITCH, str(REPOSITORY / "infra" / "dead_mans_switch.py"), str(LOOK_SECONDS)],
+                env={**os.environ, "PROJECT": "crpbot", "AWS_SDK_UA_APP_ID": "dead-mans-switch"},
+                stdout=(self.state / "switch.log").open("ab"),
+                stderr=subprocess.STDOUT,
+                marker=self.marker,
+            )
+            try:
+                self.lake = Lake(self.env["CRPBOT_LAKE"])
+                self.start_airflow()
+                yield self
+            finally:
+                os.environ.clear()
+                os.environ.update(before)
+                self.airflow.stop()
+                processes.end_group(switch.pid)
+                switch.wait(timeout=30)
+        end_marked(self.marker)
+
+    def start_airflow(self) -> None:
+        """A fresh Airflow, with its database, on the same cloud and lake."""
+        self._number += 1
+        home = self.state / f"airflow-{self._number}"
+        self.dags = home / "dags"
+        self.dags.mkdir(parents=True)
+        for file in (REPOSITORY / "dags").glob("*.py"):
+            (self.dags / file.name).write_text(file.read_text())
+        retrain = (REPOSITORY / "dags" / "retrain.py").read_text()
+        (self.dags / "retrain.py").write_text(_changed(retrain, "max_active_runs=1", "max_active_runs=16"))
+        self.write_timeout(3600)
+        self.airflow = LocalAirflow(home, self.env, marker=f"{self.marker}-airflow-{self._number}", dags=self.dags)
+        self.airflow.start()
+        for dag in ("retrain", "retrain_with_timeout", "reap_gpu_instances"):
+            self.airflow.unpause(dag)
+        self.say(f"Airflow is up at {self.airflow.url}")
+
+    def write_timeout(self, seconds: int) -> None:
+        """The DAG with the ``dagrun_timeout`` that it must not have."""
+        text = (REPOSITORY / "dags" / "retrain.py").read_text()
+        text = _changed(text, "max_active_runs=1", f"max_active_runs=16,\n    dagrun_timeout=timedelta(seconds={seconds})")
+        text = _changed(text, "@dag(\n", '@dag(\n    dag_id="retrain_with_timeout",\n')
+        (self.dags / "retrain_with_timeout.py").write_text(text)
+
+    # --- the local cloud ---
+
+    def post(self, path: str, body: Any) -> Any:
+        answer = requests.post(f"{self.control}/_sandbox/{path}", json=body, timeout=10)
+        answer.raise_for_status()
+        return answer.json()
+
+    def instances(self, run: str) -> list[dict[str, Any]]:
+        answer = requests.get(f"{self.control}/_sandbox/instances", timeout=10)
+        answer.raise_for_status()
+        return [i for i in answer.json() if i["tags"].get("crpbot:run") == run]
+
+    def reached(self, run: str, at: str) -> int:
+        answer = requests.get(f"{self.control}/_sandbox/holds", timeout=10)
+        answer.raise_for_status()
+        return sum(one["reached"] for one in answer.json() if (one["run"], one["at"]) == (run, at))
+
+    def release(self, struck: Struck, *, error: str | None = None, times: int = 1) -> None:
+        """Lets a run go, everywhere; its phase's own calls may be refused."""
+        for at in held_at(struck.cell):
+            refusal = {"error": error, "times": times} if error and at == struck.cell.phase.at else {}
+            self.post("holds/release", {"run": struck.run, "at": at, **refusal})
+
+    # --- Airflow ---
+
+    def task(self, struck: Struck) -> dict[str, Any]:
+        """The task instance that works in the cell's phase."""
+        found = self.airflow.tasks(struck.dag, struck.dag_run)
+        return next(t for t in found if t["task_id"] == struck.cell.phase.task)
+
+
+def _changed(text: str, old: str, new: str) -> str:
+    if text.count(old) != 1:
+        raise MatrixError(f"dags/retrain.py has {old!r} {text.count(old)} times, expected once: change what the matrix replaces")
+    return text.replace(old, new)
+
+
+def held_at(cell: Cell) -> tuple[str, ...]:
+    """Where the cell's run is held on its way."""
+    # deferred, a task has no worker to kill: so it is caught on its first look at its instance
+    return (*cell.phase.holds, "look") if cell.fault == cells.WORKER_KILLED and cell.phase in cells.DEFERRED else cell.phase.holds
+
+
+def run_batch(deployment: Deployment, batch: Sequence[Cell]) -> list[Result]:
+    """Brings each cell's run to its phase, strikes, and waits for the ends."""
+    started = [_start(deployment, cell) for cell in batch]
+    _approach(deployment, started)
+    waiting = _strike(deployment, started)
+    results = _await_ends(deployment, started, waiting)
+    if any(cell.fault in (cells.AIRFLOW_STOPPED, cells.AIRFLOW_STOPPED_AND_HANGS) for cell in batch):
+        deployment.start_airflow()
+    return results
+
+
+def _start(deployment: Deployment, cell: Cell) -> Struck:
+    dag = "retrain_with_timeout" if cell.fault == cells.DAGRUN_TIMEOUT else "retrain"
+    conf = {"start": DAY, "end": END, "symbols": [SYMBOL]}
+    return Struck(cell, dag, deployment.airflow.trigger(dag, conf=conf))
+
+
+def _approach(deployment: Deployment, started: Sequence[Struck]) -> None:
+    """Until every run is held at its phase."""
+    until = time.monotonic() + APPROACH_SECONDS
+    open_ = list(started)
+    while open_:
+        open_ = [struck for struck in open_ if not _is_there(deployment, struck)]
+        if time.monotonic() > until:
+            raise MatrixError(f"not at their phase after {APPROACH_SECONDS} s: {', '.join(s.key for s in open_)}")
+        time.sleep(1)
+    deployment.say(f"all {len(started)} at their phases")
+
+
+def _is_there(deployment: Deployment, struck: Struck) -> bool:
+    airflow, cell = deployment.airflow, struck.cell
+    tasks = {t["task_id"]: t for t in airflow.tasks(struck.dag, struck.dag_run)}
+    if failed := [name for name, t in tasks.items() if t["state"] == "failed" and not struck.prepared]:
+        raise MatrixError(f"{struck.key}: {', '.join(failed)} failed before anything was done to it; logs in {airflow.home}")
+    if not struck.run:
+        if tasks.get("plan", {}).get("state") != "success":
+            return False
+        struck.run = airflow.xcom(struck.dag, struck.dag_run, "plan")["run"]
+        for at in held_at(cell):
+            # the launch's own look goes through
+            skip = 1 if at == "look" and cell.phase != cells.BEFORE_LAUNCH else 0
+            deployment.post("holds", {"run": struck.run, "at": at, "skip": skip})
+        return False
+    if cell.phase == cells.TEARDOWN and not struck.prepared:
+        if tasks["train"]["state"] == "deferred" and deployment.reached(struck.run, "step"):
+            airflow.mark_task(struck.dag, struck.dag_run, "train", "failed")
+            struck.prepared = True
+        return False
+    if not all(deployment.reached(struck.run, at) for at in held_at(cell)):
+        return False
+    task = tasks[cell.phase.task]
+    struck.task_id = task["id"]
+    caught = cell.phase not in cells.DEFERRED or cell.fault == cells.WORKER_KILLED
+    return bool(task["state"] == ("running" if caught else "deferred"))
+
+
+# --- what happens ---
+
+
+def _strike(deployment: Deployment, started: Sequence[Struck]) -> dict[str, Callable[[], bool]]:
+    """Lets the fault happen to each. Returns what must come to pass before a run that is held still is let go, by cell."""
+    waiting: dict[str, Callable[[], bool]] = {}
+    for struck in started:
+        struck.at = datetime.now(UTC)
+        if not struck.cell.fault.shared:
+            deployment.say(f"{struck.key}: now")
+            if condition := _strike_one(deployment, struck):
+                waiting[struck.key] = condition
+    shared = {struck.cell.fault for struck in started if struck.cell.fault.shared}
+    if not shared:
+        return waiting
+    deployment.say(f"{' and '.join(sorted(fault.name for fault in shared))}: now, for {len(started)} runs")
+    for struck in started:
+        struck.at = datetime.now(UTC)
+    if cells.DAGRUN_TIMEOUT in shared:
+        deployment.write_timeout(1)
+        return {struck.key: _run_has_ended(deployment, struck) for struck in started}
+    {
+        cells.AWS_ERRORS: _aws_errors,
+        cells.SCHEDULER_KILLED: _kill("scheduler"),
+        cells.TRIGGERER_KILLED: _kill("triggerer"),
+        cells.DATABASE_DOWN: _lock_database,
+        cells.AIRFLOW_STOPPED: _stop_airflow,
+        cells.AIRFLOW_STOPPED_AND_HANGS: _stop_airflow,
+    }[shared.pop()](deployment, started)
+    return waiting
+
+
+def _strike_one(deployment: Deployment, struck: Struck) -> Callable[[], bool] | None:
+    """One run's own fault; the condition on which it is let go, where that is not at once."""
+    airflow, cell = deployment.airflow, struck.cell
+    after = time.monotonic() + HELD_AFTER_SECONDS
+    if cell.fault == cells.TASK_FAILS:
+        return _fail_task(deployment, struck)
+    if cell.fault == cells.WORKER_KILLED:
+        _kill_worker(deployment, struck)
+        deployment.release(struck)
+        return None
+    if cell.fault == cells.INTERRUPTED:
+        for instance in _alive(deployment, struck.run):
+            deployment.post(f"instances/{instance['id']}/interrupt", {"notice_seconds": 5})
+        deployment.release(struck)
+        return None
+    if cell.fault == cells.INSTANCE_HANGS:
+        _freeze(deployment, struck)
+        deployment.release(struck)
+        return None
+    {
+        cells.RUN_FAILED: lambda: airflow.mark_run(struck.dag, struck.dag_run, "failed"),
+        cells.TASK_SUCCESS: lambda: airflow.mark_task(struck.dag, struck.dag_run, cell.phase.task, "success"),
+        cells.TASK_CLEARED: lambda: airflow.clear(struck.dag, struck.dag_run, cell.phase.task),
+    }[cell.fault]()
+    return lambda: time.monotonic() > after
+
+
+def _fail_task(deployment: Deployment, struck: Struck) -> Callable[[], bool] | None:
+    """Fails the phase's task, each by what fails there: a refusal of AWS, a boot or a pull that does not end, a job that dies."""
+    phase = struck.cell.phase
+    if phase in (cells.BOOT, cells.PULL):
+        return lambda: deployment.task(struck)["try_number"] > 1 or deployment.task(struck)["state"] != "deferred"
+    if phase == cells.TRAINING:
+        (instance,) = _alive(deployment, struck.run)
+        jobs = [pid for pid in instance["pids"] if "crpbot_lib.sandbox.paced" in _command(pid)]
+        if len(jobs) != 1:
+            raise MatrixError(f"{struck.key}: the instance has the jobs {jobs}, expected one")
+        processes.send(jobs, signal.SIGKILL)
+        deployment.release(struck)
+        return None
+    error, times = {
+        cells.BEFORE_LAUNCH: ("UnauthorizedOperation", 1),
+        # as often as the launch asks with one token
+        cells.IN_RUN_INSTANCES: ("InternalError", 5),
+        cells.SYNC: ("AccessDenied", 1),
+        cells.TEARDOWN: ("UnauthorizedOperation", 1000),
+    }[phase]
+    deployment.release(struck, error=error, times=times)
+    return None
+
+
+def _kill_worker(deployment: Deployment, struck: Struck) -> None:
+    """SIGKILL to the process of the task and to the executor's worker that supervises it."""
+    for pid in processes.processes_with_marker(processes.MARKER, deployment.airflow.marker):
+        if struck.task_id in _command(pid):
+            worker = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if worker in deployment.airflow.component_pids():
+                raise MatrixError(f"{struck.key}: task process {pid} is supervised by a component of Airflow, no worker")
+            processes.send([worker, pid], signal.SIGKILL)
+            return
+    raise MatrixError(f"{struck.key}: no process works on task {struck.task_id}")
+
+
+def _aws_errors(deployment: Deployment, started: Sequence[Struck]) -> None:
+    """Every call of EC2 is throttled, then fails, for a while."""
+    rules = [{"error": "RequestLimitExceeded", "count": 20}, {"error": "InternalError", "count": 20}]
+    deployment.post("ec2/faults", rules)
+    for struck in started:
+        deployment.release(struck)
+
+
+def _kill(component: str) -> Callable[[Deployment, Sequence[Struck]], None]:
+    """SIGKILL to one component; another one takes its place after a while."""
+
+    def kill(deployment: Deployment, started: Sequence[Struck]) -> None:
+        deployment.airflow.kill_component(component)
+        for struck in started:
+            deployment.release(struck)
+        time.sleep(AWAY_SECONDS)
+        deployment.airflow.start_component(component)
+
+    return kill
+
+
+def _lock_database(deployment: Deployment, started: Sequence[Struck]) -> None:
+    """Nobody can write to the metadata database, for longer than anybody waits for it."""
+    database = sqlite3.connect(deployment.airflow.home / "airflow.db", timeout=60, isolation_level=None)
+    database.execute("BEGIN EXCLUSIVE")
+    try:
+        for struck in started:
+            deployment.release(struck)
+        time.sleep(2 * AWAY_SECONDS)
+    finally:
+        database.execute("ROLLBACK")
+        database.close()
+
+
+def _stop_airflow(deployment: Deployment, started: Sequence[Struck]) -> None:
+    """SIGKILL to everything of Airflow, and nothing takes its place."""
+    for struck in started:
+        if struck.cell.fault == cells.AIRFLOW_STOPPED_AND_HANGS:
+            _freeze(deployment, struck)
+    while pids := processes.processes_with_marker(processes.MARKER, deployment.airflow.marker):
+        processes.send(pids, signal.SIGKILL)
+        time.sleep(0.1)
+    deployment.airflow.stop()
+    for struck in started:
+        # a pull that hangs goes on to hang; all else goes its way
+        if struck.cell.phase != cells.PULL:
+            deployment.release(struck)
+
+
+def _freeze(deployment: Deployment, struck: Struck) -> None:
+    for instance in _alive(deployment, struck.run):
+        deployment.post(f"instances/{instance['id']}/freeze", {})
+
+
+def _run_has_ended(deployment: Deployment, struck: Struck) -> Callable[[], bool]:
+    return lambda: deployment.airflow.run_state(struck.dag, struck.dag_run) in ("success", "failed")
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+# --- the end ---
+
+
+def _alive(deployment: Deployment, run: str) -> list[dict[str, Any]]:
+    return [i for i in deployment.instances(run) if i["state"] in ("pending", "running", "stopping", "stopped")]
+
+
+def _await_ends(deployment: Deployment, started: Sequence[Struck], waiting: dict[str, Callable[[], bool]]) -> list[Result]:
+    until = time.monotonic() + END_SECONDS
+    most: dict[str, int] = dict.fromkeys((struck.key for struck in started), 0)
+    open_, results = list(started), []
+    while open_:
+        for struck in list(open_):
+            if (condition := waiting.get(struck.key)) and condition():
+                deployment.release(struck)
+                del waiting[struck.key]
+            found = deployment.instances(struck.run)
+            most[struck.key] = max(most[struck.key], len(_alive(deployment, struck.run)))
+            gone = all(i["state"] == "terminated" and not i["pids"] for i in found)
+            late = time.monotonic() > until
+            if late or (gone and struck.key not in waiting and _is_over(deployment, struck)):
+                results.append(_result(deployment, struck, most[struck.key]))
+                open_.remove(struck)
+                last = results[-1]
+                deployment.say(
+                    f"{last.cell}: {last.run_state}, ended by {', '.join(last.layers) or 'nobody'}, {last.seconds:.0f} s"
+                )
+        time.sleep(1)
+    if cells.DAGRUN_TIMEOUT in {struck.cell.fault for struck in started}:
+        deployment.write_timeout(3600)
+    deployment.post("ec2/faults", [])
+    return results
+
+
+def _is_over(deployment: Deployment, struck: Struck) -> bool:
+    """Whether nothing can launch for the run any more: it has ended, or there is no Airflow to go on with it."""
+    if struck.cell.fault in (cells.AIRFLOW_STOPPED, cells.AIRFLOW_STOPPED_AND_HANGS):
+        return True
+    try:
+        return _run_has_ended(deployment, struck)()
+    except AirflowError:
+        return False
+
+
+def _result(deployment: Deployment, struck: Struck, most: int) -> Result:
+    assert struck.at is not None
+    stopped = struck.cell.fault in (cells.AIRFLOW_STOPPED, cells.AIRFLOW_STOPPED_AND_HANGS)
+    found = deployment.instances(struck.run)
+    state = "no Airflow" if stopped else deployment.airflow.run_state(struck.dag, struck.dag_run)
+    wrong = []
+    if living := [f"{i['id']} is {i['state']}" for i in found if i["state"] != "terminated" or i["pids"]]:
+        wrong.append(f"alive: {', '.join(living)}")
+    if most > 1:
+        wrong.append(f"{most} instances were alive at once")
+    if state not in ("success", "failed", "no Airflow"):
+        wrong.append(f"the run is still {state}")
+    if state == "success" and not _published(deployment, struck.run):
+        wrong.append("the run is green and has published nothing")
+    lives = [_life(instance) for instance in found]
+    if lives and max(lives) > LONGEST_LIFE + LOOK_SECONDS:
+        wrong.append(f"an instance lived {max(lives):.0f} s, its last layer should have ended it after {LONGEST_LIFE:.0f} s")
+    ends = [datetime.fromisoformat(i["history"][-1]["at"]) for i in found]
+    seconds = max([0.0, *((end - struck.at).total_seconds() for end in ends)])
+    attempts = 1 if stopped else int(deployment.task(struck)["try_number"])
+    layers = [_layer(instance["ended_by"]) for instance in found]
+    return Result(struck.key, state, layers, round(seconds, 1), attempts, round(max(lives, default=0.0), 1), wrong)
+
+
+def _life(instance: dict[str, Any]) -> float:
+    first, last = (datetime.fromisoformat(instance["history"][at]["at"]) for at in (0, -1))
+    return (last - first) / timedelta(seconds=1)
+
+
+def _layer(ended_by: str) -> str:
+    """The layer of docs/termination.md, by what EC2 knows of the end."""
+    callers = {"TerminateRunInstances": "1", "ReapInstances": "4", "TrainOnInstance": "retry", "LaunchTrainingInstance": "retry"}
+    if match := re.search(r"Caller/(\w+)", ended_by):
+        return callers.get(match.group(1), match.group(1))
+    own = {"power-off": "2", "deadline": "3", "spot": "spot"}
+    return own.get(ended_by) or ("5" if "app/dead-mans-switch" in ended_by else ended_by)
+
+
+def _published(deployment: Deployment, run: str) -> bool:
+    manifests = [key for key in deployment.lake.keys("models/") if key.endswith("/manifest.json")]
+    return any(deployment.lake.read_json(key)["run"] == run for key in manifests)
+
+
+# --- all of it ---
+
+
+def prepare(deployment: Deployment) -> None:
+    """The market data of the day, and one run without a fault, which must be green: whatever fails later is the fault's doing."""
+    run = deployment.airflow.trigger("retrain", conf={"start": DAY, "end": END, "symbols": [SYMBOL]})
+    state = deployment.airflow.wait("retrain", run, timeout=END_SECONDS)
+    if state != "success":
+        raise MatrixError(f"a run without any fault ended as {state}; logs in {deployment.airflow.home}")
+
+
+def run_matrix(state: Path, chosen: Sequence[Cell], say: Log, *, at_once: int = 7) -> list[Result]:
+    """Runs ``chosen`` cells, those that ``state`` has a result of left out, and returns the results of all.
+
+    Each batch's results are kept in ``results.json``, so that an interrupted matrix goes on where it was. A batch in which the
+    deployment itself fails is tried once more on a fresh Airflow.
+    """
+    state.mkdir(parents=True, exist_ok=True)
+    file = state / "results.json"
+    kept: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    todo = tuple(cell for cell in chosen if cell.key not in kept)
+    if todo:
+        with Deployment(state / uuid.uuid4().hex[:8], say).started() as deployment:
+            prepare(deployment)
+            for batch in cells.batches(todo, at_once):
+                say(f"batch of {len(batch)}: {'; '.join(cell.key for cell in batch)}")
+                for result in run_batch(deployment, batch):
+                    kept[result.cell] = asdict(result)
+                part = file.with_suffix(".part")
+                part.write_text(json.dumps(kept, indent=1))
+                part.replace(file)
+    return [Result(**kept[cell.key]) for cell in chosen]
