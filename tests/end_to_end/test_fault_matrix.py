@@ -1,4 +1,4 @@
-"""The short fault matrix: every phase of a run, every layer, and the kills of what all runs share. `make fault-matrix` runs it whole."""
+"""The short fault matrix: every phase of a run and every layer that a laptop has. `make fault-matrix` runs it whole."""
 
 from __future__ import annotations
 
