@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,18 @@ PROOF = pytest.StashKey[list[str]]()
 def proof(request: pytest.FixtureRequest) -> list[str]:
     """Lines that pytest prints when all is done: what a suite of faults injected, and what it compared."""
     return request.config.stash.setdefault(PROOF, [])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its lines to the process that prints."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["proof"] = session.config.stash.get(PROOF, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    # a worker that died has no output, and its test has failed
+    node.config.stash.setdefault(PROOF, []).extend(getattr(node, "workeroutput", {}).get("proof", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
