@@ -5,11 +5,15 @@ TORCH_VERSION := 2.13.0
 # A machine that has no CPU wheel of torch at hand takes it from here: make setup TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 TORCH_INDEX_URL ?=
 SOURCE ?= auto
+# How many processes run the tests; many of these wait, and a worker more than there are cores only makes them wait longer.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 export AWS_EC2_METADATA_DISABLED := true
+# Some images set it, and then every process of a test or of the demonstration compiles Airflow anew: 6 s each instead of 2.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo up test fault-matrix bench bench-data bench-features lint format docs lock clean
 
@@ -32,7 +36,7 @@ up: setup
 	$(BIN)/crpbot demo --source $(SOURCE) --keep --port 8080
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 # Every fault at every phase of a run, in a real Airflow: a table of what ended each instance. Goes on where it was interrupted.
 # make fault-matrix MATRIX="--short", "--fresh", "--only training"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +39,7 @@ class OutsideConnectionError(AssertionError):
     """A test tried to leave this machine."""
 
 
+AIRFLOW = "tests/end_to_end/"
 PROOF = pytest.StashKey[list[str]]()
 
 
@@ -44,6 +47,38 @@ PROOF = pytest.StashKey[list[str]]()
 def proof(request: pytest.FixtureRequest) -> list[str]:
     """Lines that pytest prints when all is done: what a suite of faults injected, and what it compared."""
     return request.config.stash.setdefault(PROOF, [])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In workers of pytest-xdist the longest come first, so that none of them is left for the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("end_to_end") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file is one worker's, since its fixtures are processes; so are all that start an Airflow, which keeps two cores busy."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return AIRFLOW if file.startswith(AIRFLOW) else file
+
+    config.option.loadscopereorder = False  # the order is that of the collection
+    return Scheduling(config, log)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its lines to the process that prints."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["proof"] = session.config.stash.get(PROOF, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    # a worker that died has no output, and its test has failed
+    node.config.stash.setdefault(PROOF, []).extend(getattr(node, "workeroutput", {}).get("proof", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -73,6 +108,17 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", guarded_connect)
     monkeypatch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_of_aws_are_read_once() -> Iterator[None]:
+    """botocore parses a service's model anew for each session, which is half of the work of the tests that talk to AWS."""
+    from botocore.loaders import JSONFileLoader
+
+    read = functools.cache(JSONFileLoader().load_file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JSONFileLoader, "load_file", lambda _, path: read(path))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -43,8 +43,9 @@ class Deployment:
         return [message["text"] for message in answer]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Ends with the file that asked for it: an Airflow that idles takes a good part of a core from the tests after it."""
     state = tmp_path_factory.mktemp("deployment")
     marker = f"test-{uuid.uuid4().hex}"
     with demo.local_cloud(state / "cloud", marker) as cloud:
