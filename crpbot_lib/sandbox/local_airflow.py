@@ -65,8 +65,9 @@ class LocalAirflow:
         self.env = self._environment(env)
 
     def _environment(self, extra: dict[str, str]) -> dict[str, str]:
-        # nothing of the caller's own Airflow or AWS configuration may leak in
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW", "AWS_", "CRPBOT_"))}
+        # nothing of the caller's own Airflow or AWS configuration may leak in; without bytecode each task would compile Airflow anew
+        left_out = ("AIRFLOW", "AWS_", "CRPBOT_", "PYTHONDONTWRITEBYTECODE")
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
         return {
             **inherited,
             "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(self.home / "logs"),

@@ -359,14 +359,12 @@ def _fail_task(deployment: Deployment, struck: Struck) -> Callable[[], bool] | N
 
 def _kill_worker(deployment: Deployment, struck: Struck) -> None:
     """SIGKILL to the process of the task and to the executor's worker that supervises it."""
-    for pid in processes.processes_with_marker(processes.MARKER, deployment.airflow.marker):
-        if struck.task_id in _command(pid):
-            worker = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-            if worker in deployment.airflow.component_pids():
-                raise MatrixError(f"{struck.key}: task process {pid} is supervised by a component of Airflow, no worker")
-            processes.send([worker, pid], signal.SIGKILL)
-            return
-    raise MatrixError(f"{struck.key}: no process works on task {struck.task_id}")
+    marked = processes.processes_with_marker(processes.MARKER, deployment.airflow.marker)
+    pids = [pid for pid in marked if struck.task_id in _command(pid)]
+    if len(pids) != 2 or set(pids) & set(deployment.airflow.component_pids()):
+        found = "; ".join(f"{pid} {_command(pid)}" for pid in pids) or "none"
+        raise MatrixError(f"{struck.key}: expected a worker and its task process, found {found}")
+    processes.send(pids, signal.SIGKILL)
 
 
 def _aws_errors(deployment: Deployment, started: Sequence[Struck]) -> None:
