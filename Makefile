@@ -5,7 +5,7 @@ TORCH_VERSION := 2.13.0
 # A machine that has no CPU wheel of torch at hand takes it from here: make setup TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 TORCH_INDEX_URL ?=
 SOURCE ?= auto
-# How many processes run the tests; many of these wait, and a worker more than there are cores only makes them wait longer.
+# How many processes run the tests.
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin

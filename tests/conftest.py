@@ -59,12 +59,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A file is one worker's, since its fixtures are processes; so are all that start an Airflow, which keeps two cores busy."""
     from xdist.scheduler import LoadFileScheduling
+    from xdist.workermanage import NodeManager
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
             return AIRFLOW if file.startswith(AIRFLOW) else file
 
+    NodeManager.EXIT_TIMEOUT = 60  # seconds that workers have on Ctrl-C to end what their fixtures started; else 10
     config.option.loadscopereorder = False  # the order is that of the collection
     return Scheduling(config, log)
 
