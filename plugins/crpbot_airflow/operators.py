@@ -121,7 +121,13 @@ class TrainOnInstance(BaseOperator):
         raise AssertionError("defer returns never")
 
     def execute_complete(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        """The trigger's verdict as the task's end; only what another try may mend is retried."""
+        """The trigger's verdict as the task's end; only what another try may mend is retried.
+
+        An event of another run is none of this one's. On SQLite, which gives the id of a deleted row to the next one, Airflow can
+        resume a task with the event of a trigger that had its trigger's id before.
+        """
+        if event["run"] != self.run:
+            raise AirflowException(f"{self.run}: the event is of {event['run']} and says nothing of this run; following it anew")
         if event["verdict"] == "succeeded":
             return event
         message = f"{self.run}: {event['verdict']}: {event['message']}"

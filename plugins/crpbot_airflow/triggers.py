@@ -58,17 +58,22 @@ class TrainingJobTrigger(BaseTrigger):
                 self.log.warning("round failed (%d of %d): %s", failures, _MAX_FAILURES, error)
                 if failures >= _MAX_FAILURES:
                     message = f"the job could not be followed any longer: {error}"
-                    yield TriggerEvent({"verdict": "unknown", "message": message, "permanent": False})
+                    yield self._event("unknown", message)
                     return
             await self._show_new_lines(watcher)
             if outcome:
                 await self._show_last_lines(watcher)
-                yield TriggerEvent({"verdict": outcome.verdict, "message": outcome.message, "permanent": outcome.permanent})
+                yield self._event(outcome.verdict, outcome.message, outcome.permanent)
                 return
             await self._show_progress(watcher)
             await asyncio.sleep(watcher.gpu.poll_seconds / 2)
             await self._show_new_lines(watcher)
             await asyncio.sleep(watcher.gpu.poll_seconds / 2)
+
+    def _event(self, verdict: str, message: str, permanent: bool = False) -> TriggerEvent:
+        """The verdict with what it is about: see ``TrainOnInstance.execute_complete``."""
+        about = {"run": self.run_name, "generation": self.generation}
+        return TriggerEvent({**about, "verdict": verdict, "message": message, "permanent": permanent})
 
     async def _show_new_lines(self, watcher: Watcher) -> int:
         """The job's new log lines; how many. Logs that cannot be read decide nothing about the job: they only warn."""

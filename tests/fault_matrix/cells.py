@@ -8,27 +8,23 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Phase:
-    """Where a run is. ``task`` does its work then; its way there is held at ``holds``, points of the local cloud."""
+    """Where a run is. ``task`` does its work then, and the local cloud holds the run at the point ``at``."""
 
     name: str
     task: str
-    holds: tuple[str, ...]
-
-    @property
-    def at(self) -> str:
-        """The point that the run has reached when it is in this phase."""
-        return self.holds[-1]
+    at: str
+    keeps: str = ""
+    """Another point, at which it holds the run for good, so that there is an instance to be ended."""
 
 
-BEFORE_LAUNCH = Phase("before launch", "launch", ("look",))
-IN_RUN_INSTANCES = Phase("inside RunInstances", "launch", ("launched",))
-BOOT = Phase("boot", "train", ("boot",))
-PULL = Phase("image pull", "train", ("pull",))
-TRAINING = Phase("training", "train", ("step",))
-# the instance is alive still, though its job is done
-SYNC = Phase("sync", "sync_models", ("power-off", "publish"))
-# `train` is marked as failed in the middle of the training, so that there is an instance to end
-TEARDOWN = Phase("teardown", "terminate", ("step", "terminate"))
+BEFORE_LAUNCH = Phase("before launch", "launch", "look")
+IN_RUN_INSTANCES = Phase("inside RunInstances", "launch", "launched", keeps="step")
+BOOT = Phase("boot", "train", "boot")
+PULL = Phase("image pull", "train", "pull")
+TRAINING = Phase("training", "train", "step")
+SYNC = Phase("sync", "sync_models", "publish", keeps="power-off")
+# `train` is marked as failed in the middle of the training
+TEARDOWN = Phase("teardown", "terminate", "terminate", keeps="step")
 PHASES = (BEFORE_LAUNCH, IN_RUN_INSTANCES, BOOT, PULL, TRAINING, SYNC, TEARDOWN)
 DEFERRED = (BOOT, PULL, TRAINING)
 """Nobody but the triggerer works for the run then."""

@@ -193,10 +193,11 @@ class Deployment:
         return sum(one["reached"] for one in answer.json() if (one["run"], one["at"]) == (run, at))
 
     def release(self, struck: Struck, *, error: str | None = None, times: int = 1) -> None:
-        """Lets a run go, everywhere; its phase's own calls may be refused."""
-        for at in held_at(struck.cell):
-            refusal = {"error": error, "times": times} if error and at == struck.cell.phase.at else {}
-            self.post("holds/release", {"run": struck.run, "at": at, **refusal})
+        """Lets a run go on from its phase, whose own calls may be refused."""
+        refusal = {"error": error, "times": times} if error else {}
+        self.post("holds/release", {"run": struck.run, "at": struck.cell.phase.at, **refusal})
+        if caught(struck.cell):
+            self.post("holds/release", {"run": struck.run, "at": "look"})
 
     # --- Airflow ---
 
@@ -212,10 +213,14 @@ def _changed(text: str, old: str, new: str) -> str:
     return text.replace(old, new)
 
 
-def held_at(cell: Cell) -> tuple[str, ...]:
+def caught(cell: Cell) -> bool:
+    """Whether ``train`` is caught on its first look at its instance: deferred, it has no worker to kill."""
+    return cell.fault == cells.WORKER_KILLED and cell.phase in cells.DEFERRED
+
+
+def held_at(cell: Cell) -> list[str]:
     """Where the cell's run is held on its way."""
-    # deferred, a task has no worker to kill: so it is caught on its first look at its instance
-    return (*cell.phase.holds, "look") if cell.fault == cells.WORKER_KILLED and cell.phase in cells.DEFERRED else cell.phase.holds
+    return [at for at in (cell.phase.keeps, cell.phase.at, "look" if caught(cell) else "") if at]
 
 
 def run_batch(deployment: Deployment, batch: Sequence[Cell]) -> list[Result]:
@@ -270,8 +275,7 @@ def _is_there(deployment: Deployment, struck: Struck) -> bool:
         return False
     task = tasks[cell.phase.task]
     struck.task_id = task["id"]
-    caught = cell.phase not in cells.DEFERRED or cell.fault == cells.WORKER_KILLED
-    return bool(task["state"] == ("running" if caught else "deferred"))
+    return bool(task["state"] == ("deferred" if cell.phase in cells.DEFERRED and not caught(cell) else "running"))
 
 
 # --- what happens ---
@@ -488,7 +492,9 @@ def _result(deployment: Deployment, struck: Struck, most: int) -> Result:
         wrong.append(f"{most} instances were alive at once")
     if state not in ("success", "failed", "no Airflow"):
         wrong.append(f"the run is still {state}")
-    if state == "success" and not _published(deployment, struck.run):
+    # who marks the sync as done takes its place
+    done_by_hand = struck.cell == Cell(cells.SYNC, cells.TASK_SUCCESS)
+    if state == "success" and not done_by_hand and not _published(deployment, struck.run):
         wrong.append("the run is green and has published nothing")
     lives = [_life(instance) for instance in found]
     if lives and max(lives) > LONGEST_LIFE + LOOK_SECONDS:

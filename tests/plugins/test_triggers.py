@@ -67,7 +67,7 @@ def follow(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], l
 def test_lines_appear_in_order_and_the_verdict_is_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job([None, None, Outcome("succeeded", "done")], [["a"], ["b"], ["c"], ["after the end"]])
     event, logged = follow(job, monkeypatch)
-    assert event == {"verdict": "succeeded", "message": "done", "permanent": False}
+    assert event == {"run": "run-a", "generation": 1, "verdict": "succeeded", "message": "done", "permanent": False}
     assert logged[0].startswith("following run-a, generation 1")
     assert logged[1:] == ["a", "b", "c", "after the end"]
 
@@ -91,7 +91,7 @@ def test_logs_that_cannot_be_read_neither_fail_the_job_nor_hide_its_success(monk
 def test_aws_away_for_a_while_is_survived_and_for_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     away = ConnectionError("no route")
     event, _ = follow(Job([*[away] * 19, None, *[away] * 19, Outcome("failed", "NaN loss", True)], []), monkeypatch)
-    assert event == {"verdict": "failed", "message": "NaN loss", "permanent": True}
+    assert (event["verdict"], event["message"], event["permanent"]) == ("failed", "NaN loss", True)
     event, _ = follow(Job([away] * 20, []), monkeypatch)
     assert event["verdict"] == "unknown"
     assert event["permanent"] is False
@@ -104,3 +104,17 @@ def test_a_restarted_triggerer_makes_the_same_trigger_again() -> None:
     path, arguments = TrainingJobTrigger(run="run-a", generation=2).serialize()
     assert path == "crpbot_airflow.triggers.TrainingJobTrigger"
     assert TrainingJobTrigger(**arguments).serialize() == (path, arguments)
+
+
+def test_the_event_of_another_run_ends_no_task() -> None:
+    """Airflow on SQLite can resume a task with it: the id of a deleted trigger is given to the next one."""
+    from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+    from crpbot_airflow.operators import TrainOnInstance
+
+    task = TrainOnInstance(task_id="train", run="run-b")
+    event = {"run": "run-a", "generation": 1, "verdict": "succeeded", "message": "done", "permanent": False}
+    with pytest.raises(AirflowException, match="run-b: the event is of run-a") as refused:
+        task.execute_complete({}, event)
+    assert not isinstance(refused.value, AirflowFailException), "another try follows the run anew"
+    assert task.execute_complete({}, {**event, "run": "run-b"})["verdict"] == "succeeded"
