@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,6 +53,8 @@ DATABASE_DOWN = Fault("metadata database down", shared=True)
 INSTANCE_HANGS = Fault("instance hangs")
 AIRFLOW_STOPPED = Fault("Airflow stopped", shared=True)
 AIRFLOW_STOPPED_AND_HANGS = Fault("Airflow stopped, instance hangs", shared=True)
+STOPPING = (AIRFLOW_STOPPED, AIRFLOW_STOPPED_AND_HANGS)
+"""With no Airflow left to go on with the run."""
 FAULTS = (
     TASK_FAILS,
     WORKER_KILLED,
@@ -65,8 +68,7 @@ FAULTS = (
     SCHEDULER_KILLED,
     TRIGGERER_KILLED,
     DATABASE_DOWN,
-    AIRFLOW_STOPPED,
-    AIRFLOW_STOPPED_AND_HANGS,
+    *STOPPING,
 )
 
 
@@ -109,12 +111,8 @@ SHORT = tuple(
 """Every phase, every layer, and the kills of what all runs share; for CI."""
 
 
-def batches(cells: tuple[Cell, ...], at_once: int) -> list[list[Cell]]:
-    """Cells that run side by side, at most ``at_once``: those of a shared fault among themselves, and last what stops Airflow."""
-    stopping = (AIRFLOW_STOPPED, AIRFLOW_STOPPED_AND_HANGS)
-    groups = [
-        [cell for cell in cells if not cell.fault.shared],
-        *([cell for cell in cells if cell.fault == fault] for fault in FAULTS if fault.shared and fault not in stopping),
-        [cell for cell in cells if cell.fault in stopping],
-    ]
+def together(todo: Sequence[Cell], at_once: int) -> list[list[Cell]]:
+    """The cells of shared faults, at most ``at_once`` side by side: of one fault, and last those that stop Airflow."""
+    groups = [[cell for cell in todo if cell.fault == fault] for fault in FAULTS if fault.shared and fault not in STOPPING]
+    groups.append([cell for cell in todo if cell.fault in STOPPING])
     return [group[first : first + at_once] for group in groups for first in range(0, len(group), at_once)]

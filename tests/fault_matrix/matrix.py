@@ -19,7 +19,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,12 +29,11 @@ import requests
 
 from crpbot_lib.lake import Lake
 from crpbot_lib.sandbox import demo, processes
-from crpbot_lib.sandbox.local_airflow import REPOSITORY, AirflowError, LocalAirflow, end_marked
+from crpbot_lib.sandbox.local_airflow import ENDED, REPOSITORY, AirflowError, LocalAirflow, end_marked
 from tests.fault_matrix import cells
 from tests.fault_matrix.cells import Cell
 
-DAY, END = "2025-05-26", "2025-05-27"
-SYMBOL = "ETH-USD"
+CONF = {"start": "2025-05-26", "end": "2025-05-27", "symbols": ["ETH-USD"]}
 LIFETIME_MINUTES = 2
 LOOK_SECONDS = 20
 """Of the reaper and of the dead-man's switch."""
@@ -101,15 +100,18 @@ class Result:
 
 @dataclass
 class Struck:
-    """A cell on its way."""
+    """A cell on its way: its run, when it was struck, and what must come to pass before it is let go."""
 
     cell: Cell
     dag: str
     dag_run: str
+    began: float = field(default_factory=time.monotonic)
     run: str = ""
     prepared: bool = False
-    at: datetime | None = None
     task_id: str = ""
+    at: datetime | None = None
+    let_go_when: Callable[[], bool] | None = None
+    most_alive: int = 0
 
     @property
     def key(self) -> str:
@@ -123,6 +125,7 @@ class Deployment:
         self.state, self.say = state, say
         self.marker = f"matrix-{uuid.uuid4().hex}"
         self._number = 0
+        self._airflow: LocalAirflow | None = None
 
     @contextmanager
     def started(self) -> Iterator[Deployment]:
@@ -146,13 +149,29 @@ class Deployment:
             finally:
                 os.environ.clear()
                 os.environ.update(before)
-                self.airflow.stop()
+                if self._airflow is not None:
+                    self._airflow.stop()
                 processes.end_group(switch.pid)
                 switch.wait(timeout=30)
         end_marked(self.marker)
 
+    @property
+    def airflow(self) -> LocalAirflow:
+        assert self._airflow is not None, "Airflow has been stopped"
+        return self._airflow
+
+    def stop_airflow(self) -> None:
+        """SIGKILL to everything of Airflow, and nothing takes its place until ``start_airflow``."""
+        airflow, self._airflow = self.airflow, None
+        while pids := processes.processes_with_marker(processes.MARKER, airflow.marker):
+            processes.send(pids, signal.SIGKILL)
+            time.sleep(0.1)
+        airflow.stop()
+
     def start_airflow(self) -> None:
-        """A fresh Airflow, with its database, on the same cloud and lake."""
+        """A fresh Airflow, with its database, on the same cloud and lake; nothing where one is up."""
+        if self._airflow is not None:
+            return
         self._number += 1
         home = self.state / f"airflow-{self._number}"
         self.dags = home / "dags"
@@ -162,11 +181,12 @@ class Deployment:
         retrain = (REPOSITORY / "dags" / "retrain.py").read_text()
         (self.dags / "retrain.py").write_text(_changed(retrain, "max_active_runs=1", "max_active_runs=16"))
         self.write_timeout(3600)
-        self.airflow = LocalAirflow(home, self.env, marker=f"{self.marker}-airflow-{self._number}", dags=self.dags)
-        self.airflow.start()
+        airflow = LocalAirflow(home, self.env, marker=f"{self.marker}-airflow-{self._number}", dags=self.dags)
+        airflow.start()
+        self._airflow = airflow
         for dag in ("retrain", "retrain_with_timeout", "reap_gpu_instances"):
-            self.airflow.unpause(dag)
-        self.say(f"Airflow is up at {self.airflow.url}")
+            airflow.unpause(dag)
+        self.say(f"Airflow is up at {airflow.url}")
 
     def write_timeout(self, seconds: int) -> None:
         """The DAG with the ``dagrun_timeout`` that it must not have."""
@@ -187,10 +207,11 @@ class Deployment:
         answer.raise_for_status()
         return [i for i in answer.json() if i["tags"].get("crpbot:run") == run]
 
-    def reached(self, run: str, at: str) -> int:
+    def reached(self) -> dict[tuple[str, str], int]:
+        """How often each (run, point) that is held was reached."""
         answer = requests.get(f"{self.control}/_sandbox/holds", timeout=10)
         answer.raise_for_status()
-        return sum(one["reached"] for one in answer.json() if (one["run"], one["at"]) == (run, at))
+        return {(one["run"], one["at"]): one["reached"] for one in answer.json()}
 
     def release(self, struck: Struck, *, error: str | None = None, times: int = 1) -> None:
         """Lets a run go on from its phase, whose own calls may be refused."""
@@ -198,13 +219,6 @@ class Deployment:
         self.post("holds/release", {"run": struck.run, "at": struck.cell.phase.at, **refusal})
         if caught(struck.cell):
             self.post("holds/release", {"run": struck.run, "at": "look"})
-
-    # --- Airflow ---
-
-    def task(self, struck: Struck) -> dict[str, Any]:
-        """The task instance that works in the cell's phase."""
-        found = self.airflow.tasks(struck.dag, struck.dag_run)
-        return next(t for t in found if t["task_id"] == struck.cell.phase.task)
 
 
 def _changed(text: str, old: str, new: str) -> str:
@@ -223,82 +237,93 @@ def held_at(cell: Cell) -> list[str]:
     return [at for at in (cell.phase.keeps, cell.phase.at, "look" if caught(cell) else "") if at]
 
 
-def run_batch(deployment: Deployment, batch: Sequence[Cell]) -> list[Result]:
-    """Brings each cell's run to its phase, strikes, and waits for the ends."""
-    started = [_start(deployment, cell) for cell in batch]
-    _approach(deployment, started)
-    waiting = _strike(deployment, started)
-    results = _await_ends(deployment, started, waiting)
-    if any(cell.fault in (cells.AIRFLOW_STOPPED, cells.AIRFLOW_STOPPED_AND_HANGS) for cell in batch):
-        deployment.start_airflow()
-    return results
+def run_apart(deployment: Deployment, todo: Sequence[Cell], at_once: int) -> Iterator[Result]:
+    """Cells that hit their own run alone: ``at_once`` side by side, each struck when it is at its phase."""
+    waiting, open_ = list(todo), list[Struck]()
+    while waiting or open_:
+        while waiting and len(open_) < at_once:
+            open_.append(_start(deployment, waiting.pop(0)))
+        reached = deployment.reached()
+        for struck in list(open_):
+            if struck.at is None and _is_there(deployment, struck, reached):
+                deployment.say(f"{struck.key}: now")
+                struck.at = datetime.now(UTC)
+                struck.let_go_when = _strike_one(deployment, struck)
+            if struck.at is not None and (result := _end_of(deployment, struck)):
+                open_.remove(struck)
+                yield result
+        time.sleep(1)
+
+
+def run_together(deployment: Deployment, batch: Sequence[Cell]) -> Iterator[Result]:
+    """Cells of a fault that hits every run at once: each is brought to its phase, then it happens."""
+    open_ = [_start(deployment, cell) for cell in batch]
+    away = list(open_)
+    while away:
+        reached = deployment.reached()
+        away = [struck for struck in away if not _is_there(deployment, struck, reached)]
+        time.sleep(1)
+    deployment.say(f"{' and '.join(sorted({struck.cell.fault.name for struck in open_}))}: now, for {len(open_)} runs")
+    for struck in open_:
+        struck.at = datetime.now(UTC)
+    _strike_all(deployment, open_)
+    while open_:
+        for struck in list(open_):
+            if result := _end_of(deployment, struck):
+                open_.remove(struck)
+                yield result
+        time.sleep(1)
+    deployment.write_timeout(3600)
+    deployment.post("ec2/faults", [])
 
 
 def _start(deployment: Deployment, cell: Cell) -> Struck:
     dag = "retrain_with_timeout" if cell.fault == cells.DAGRUN_TIMEOUT else "retrain"
-    conf = {"start": DAY, "end": END, "symbols": [SYMBOL]}
-    return Struck(cell, dag, deployment.airflow.trigger(dag, conf=conf))
+    return Struck(cell, dag, deployment.airflow.trigger(dag, conf=CONF))
 
 
-def _approach(deployment: Deployment, started: Sequence[Struck]) -> None:
-    """Until every run is held at its phase."""
-    until = time.monotonic() + APPROACH_SECONDS
-    open_ = list(started)
-    while open_:
-        open_ = [struck for struck in open_ if not _is_there(deployment, struck)]
-        if time.monotonic() > until:
-            raise MatrixError(f"not at their phase after {APPROACH_SECONDS} s: {', '.join(s.key for s in open_)}")
-        time.sleep(1)
-    deployment.say(f"all {len(started)} at their phases")
-
-
-def _is_there(deployment: Deployment, struck: Struck) -> bool:
+def _is_there(deployment: Deployment, struck: Struck, reached: dict[tuple[str, str], int]) -> bool:
+    """Whether the run is held at its phase. MatrixError when it has ended before, or takes too long."""
     airflow, cell = deployment.airflow, struck.cell
-    tasks = {t["task_id"]: t for t in airflow.tasks(struck.dag, struck.dag_run)}
-    if failed := [name for name, t in tasks.items() if t["state"] == "failed" and not struck.prepared]:
-        raise MatrixError(f"{struck.key}: {', '.join(failed)} failed before anything was done to it; logs in {airflow.home}")
+    if time.monotonic() - struck.began > APPROACH_SECONDS:
+        raise MatrixError(f"{struck.key}: not there after {APPROACH_SECONDS} s; logs in {airflow.home}")
     if not struck.run:
-        if tasks.get("plan", {}).get("state") != "success":
-            return False
-        struck.run = airflow.xcom(struck.dag, struck.dag_run, "plan")["run"]
-        for at in held_at(cell):
-            # the launch's own look goes through
-            skip = 1 if at == "look" and cell.phase != cells.BEFORE_LAUNCH else 0
-            deployment.post("holds", {"run": struck.run, "at": at, "skip": skip})
+        with suppress(AirflowError):  # until `plan` is done
+            struck.run = airflow.xcom(struck.dag, struck.dag_run, "plan")["run"]
+            for at in held_at(cell):
+                # the launch's own look goes through
+                skip = 1 if at == "look" and cell.phase != cells.BEFORE_LAUNCH else 0
+                deployment.post("holds", {"run": struck.run, "at": at, "skip": skip})
         return False
     if cell.phase == cells.TEARDOWN and not struck.prepared:
-        if tasks["train"]["state"] == "deferred" and deployment.reached(struck.run, "step"):
+        if reached[struck.run, "step"] and _states(deployment, struck)["train"]["state"] == "deferred":
             airflow.mark_task(struck.dag, struck.dag_run, "train", "failed")
             struck.prepared = True
         return False
-    if not all(deployment.reached(struck.run, at) for at in held_at(cell)):
+    if not all(reached[struck.run, at] for at in held_at(cell)):
+        if airflow.run_state(struck.dag, struck.dag_run) in ENDED:
+            raise MatrixError(f"{struck.key}: the run ended before anything was done to it; logs in {airflow.home}")
         return False
-    task = tasks[cell.phase.task]
+    task = _states(deployment, struck)[cell.phase.task]
     struck.task_id = task["id"]
     return bool(task["state"] == ("deferred" if cell.phase in cells.DEFERRED and not caught(cell) else "running"))
+
+
+def _states(deployment: Deployment, struck: Struck) -> dict[str, dict[str, Any]]:
+    return {t["task_id"]: t for t in deployment.airflow.tasks(struck.dag, struck.dag_run)}
 
 
 # --- what happens ---
 
 
-def _strike(deployment: Deployment, started: Sequence[Struck]) -> dict[str, Callable[[], bool]]:
-    """Lets the fault happen to each. Returns what must come to pass before a run that is held still is let go, by cell."""
-    waiting: dict[str, Callable[[], bool]] = {}
-    for struck in started:
-        struck.at = datetime.now(UTC)
-        if not struck.cell.fault.shared:
-            deployment.say(f"{struck.key}: now")
-            if condition := _strike_one(deployment, struck):
-                waiting[struck.key] = condition
-    shared = {struck.cell.fault for struck in started if struck.cell.fault.shared}
-    if not shared:
-        return waiting
-    deployment.say(f"{' and '.join(sorted(fault.name for fault in shared))}: now, for {len(started)} runs")
-    for struck in started:
-        struck.at = datetime.now(UTC)
-    if cells.DAGRUN_TIMEOUT in shared:
+def _strike_all(deployment: Deployment, struck: Sequence[Struck]) -> None:
+    """What hits every run at once."""
+    faults = {one.cell.fault for one in struck}
+    if cells.DAGRUN_TIMEOUT in faults:
         deployment.write_timeout(1)
-        return {struck.key: _run_has_ended(deployment, struck) for struck in started}
+        for one in struck:
+            one.let_go_when = _has_ended(deployment, one)
+        return
     {
         cells.AWS_ERRORS: _aws_errors,
         cells.SCHEDULER_KILLED: _kill("scheduler"),
@@ -306,8 +331,7 @@ def _strike(deployment: Deployment, started: Sequence[Struck]) -> dict[str, Call
         cells.DATABASE_DOWN: _lock_database,
         cells.AIRFLOW_STOPPED: _stop_airflow,
         cells.AIRFLOW_STOPPED_AND_HANGS: _stop_airflow,
-    }[shared.pop()](deployment, started)
-    return waiting
+    }[faults.pop()](deployment, struck)
 
 
 def _strike_one(deployment: Deployment, struck: Struck) -> Callable[[], bool] | None:
@@ -341,7 +365,7 @@ def _fail_task(deployment: Deployment, struck: Struck) -> Callable[[], bool] | N
     """Fails the phase's task, each by what fails there: a refusal of AWS, a boot or a pull that does not end, a job that dies."""
     phase = struck.cell.phase
     if phase in (cells.BOOT, cells.PULL):
-        return lambda: deployment.task(struck)["try_number"] > 1 or deployment.task(struck)["state"] != "deferred"
+        return lambda: _states(deployment, struck)[phase.task]["state"] != "deferred"
     if phase == cells.TRAINING:
         (instance,) = _alive(deployment, struck.run)
         jobs = [pid for pid in instance["pids"] if "crpbot_lib.sandbox.paced" in _command(pid)]
@@ -406,14 +430,11 @@ def _lock_database(deployment: Deployment, started: Sequence[Struck]) -> None:
 
 
 def _stop_airflow(deployment: Deployment, started: Sequence[Struck]) -> None:
-    """SIGKILL to everything of Airflow, and nothing takes its place."""
+    """Nothing of Airflow is left; some of the instances hang besides."""
     for struck in started:
         if struck.cell.fault == cells.AIRFLOW_STOPPED_AND_HANGS:
             _freeze(deployment, struck)
-    while pids := processes.processes_with_marker(processes.MARKER, deployment.airflow.marker):
-        processes.send(pids, signal.SIGKILL)
-        time.sleep(0.1)
-    deployment.airflow.stop()
+    deployment.stop_airflow()
     for struck in started:
         # a pull that hangs goes on to hang; all else goes its way
         if struck.cell.phase != cells.PULL:
@@ -425,8 +446,8 @@ def _freeze(deployment: Deployment, struck: Struck) -> None:
         deployment.post(f"instances/{instance['id']}/freeze", {})
 
 
-def _run_has_ended(deployment: Deployment, struck: Struck) -> Callable[[], bool]:
-    return lambda: deployment.airflow.run_state(struck.dag, struck.dag_run) in ("success", "failed")
+def _has_ended(deployment: Deployment, struck: Struck) -> Callable[[], bool]:
+    return lambda: deployment.airflow.run_state(struck.dag, struck.dag_run) in ENDED
 
 
 def _command(pid: int) -> str:
@@ -443,54 +464,38 @@ def _alive(deployment: Deployment, run: str) -> list[dict[str, Any]]:
     return [i for i in deployment.instances(run) if i["state"] in ("pending", "running", "stopping", "stopped")]
 
 
-def _await_ends(deployment: Deployment, started: Sequence[Struck], waiting: dict[str, Callable[[], bool]]) -> list[Result]:
-    until = time.monotonic() + END_SECONDS
-    most: dict[str, int] = dict.fromkeys((struck.key for struck in started), 0)
-    open_, results = list(started), []
-    while open_:
-        for struck in list(open_):
-            if (condition := waiting.get(struck.key)) and condition():
-                deployment.release(struck)
-                del waiting[struck.key]
-            found = deployment.instances(struck.run)
-            most[struck.key] = max(most[struck.key], len(_alive(deployment, struck.run)))
-            gone = all(i["state"] == "terminated" and not i["pids"] for i in found)
-            late = time.monotonic() > until
-            if late or (gone and struck.key not in waiting and _is_over(deployment, struck)):
-                results.append(_result(deployment, struck, most[struck.key]))
-                open_.remove(struck)
-                last = results[-1]
-                deployment.say(
-                    f"{last.cell}: {last.run_state}, ended by {', '.join(last.layers) or 'nobody'}, {last.seconds:.0f} s"
-                )
-        time.sleep(1)
-    if cells.DAGRUN_TIMEOUT in {struck.cell.fault for struck in started}:
-        deployment.write_timeout(3600)
-    deployment.post("ec2/faults", [])
-    return results
-
-
-def _is_over(deployment: Deployment, struck: Struck) -> bool:
-    """Whether nothing can launch for the run any more: it has ended, or there is no Airflow to go on with it."""
-    if struck.cell.fault in (cells.AIRFLOW_STOPPED, cells.AIRFLOW_STOPPED_AND_HANGS):
-        return True
-    try:
-        return _run_has_ended(deployment, struck)()
-    except AirflowError:
-        return False
-
-
-def _result(deployment: Deployment, struck: Struck, most: int) -> Result:
+def _end_of(deployment: Deployment, struck: Struck) -> Result | None:
+    """What the cell came to, once nothing of the run is alive or can come to be; at the latest after ``END_SECONDS``."""
     assert struck.at is not None
-    stopped = struck.cell.fault in (cells.AIRFLOW_STOPPED, cells.AIRFLOW_STOPPED_AND_HANGS)
+    struck.most_alive = max(struck.most_alive, len(_alive(deployment, struck.run)))
+    try:
+        if struck.let_go_when and struck.let_go_when():
+            deployment.release(struck)
+            struck.let_go_when = None
+        gone = all(i["state"] == "terminated" and not i["pids"] for i in deployment.instances(struck.run))
+        over = gone and not struck.let_go_when and (struck.cell.fault in cells.STOPPING or _has_ended(deployment, struck)())
+    except AirflowError as error:
+        deployment.say(f"{struck.key}: {error}")
+        over = False
+    if not over and datetime.now(UTC) - struck.at < timedelta(seconds=END_SECONDS):
+        return None
+    result = _result(deployment, struck)
+    ended = ", ".join(result.layers) or "nobody"
+    deployment.say(f"{result.cell}: {result.run_state}, ended by {ended}, {result.seconds:.0f} s {'; '.join(result.wrong)}")
+    return result
+
+
+def _result(deployment: Deployment, struck: Struck) -> Result:
+    assert struck.at is not None
+    stopped = struck.cell.fault in cells.STOPPING
     found = deployment.instances(struck.run)
     state = "no Airflow" if stopped else deployment.airflow.run_state(struck.dag, struck.dag_run)
     wrong = []
     if living := [f"{i['id']} is {i['state']}" for i in found if i["state"] != "terminated" or i["pids"]]:
         wrong.append(f"alive: {', '.join(living)}")
-    if most > 1:
-        wrong.append(f"{most} instances were alive at once")
-    if state not in ("success", "failed", "no Airflow"):
+    if struck.most_alive > 1:
+        wrong.append(f"{struck.most_alive} instances were alive at once")
+    if state not in (*ENDED, "no Airflow"):
         wrong.append(f"the run is still {state}")
     # who marks the sync as done takes its place
     done_by_hand = struck.cell == Cell(cells.SYNC, cells.TASK_SUCCESS)
@@ -501,7 +506,7 @@ def _result(deployment: Deployment, struck: Struck, most: int) -> Result:
         wrong.append(f"an instance lived {max(lives):.0f} s, its last layer should have ended it after {LONGEST_LIFE:.0f} s")
     ends = [datetime.fromisoformat(i["history"][-1]["at"]) for i in found]
     seconds = max([0.0, *((end - struck.at).total_seconds() for end in ends)])
-    attempts = 1 if stopped else int(deployment.task(struck)["try_number"])
+    attempts = 1 if stopped else int(_states(deployment, struck)[struck.cell.phase.task]["try_number"])
     layers = [_layer(instance["ended_by"]) for instance in found]
     return Result(struck.key, state, layers, round(seconds, 1), attempts, round(max(lives, default=0.0), 1), wrong)
 
@@ -528,32 +533,31 @@ def _published(deployment: Deployment, run: str) -> bool:
 # --- all of it ---
 
 
-def prepare(deployment: Deployment) -> None:
-    """The market data of the day, and one run without a fault, which must be green: whatever fails later is the fault's doing."""
-    run = deployment.airflow.trigger("retrain", conf={"start": DAY, "end": END, "symbols": [SYMBOL]})
-    state = deployment.airflow.wait("retrain", run, timeout=END_SECONDS)
-    if state != "success":
-        raise MatrixError(f"a run without any fault ended as {state}; logs in {deployment.airflow.home}")
-
-
 def run_matrix(state: Path, chosen: Sequence[Cell], say: Log, *, at_once: int = 7) -> list[Result]:
-    """Runs ``chosen`` cells, those that ``state`` has a result of left out, and returns the results of all.
+    """Runs the ``chosen`` cells, those that ``state`` has a result of left out, and returns the results of all.
 
-    Each batch's results are kept in ``results.json``, so that an interrupted matrix goes on where it was. A batch in which the
-    deployment itself fails is tried once more on a fresh Airflow.
+    Each result is kept in ``results.json`` at once, so that an interrupted matrix goes on where it was. MatrixError when a cell
+    does not get to its phase, or a run without any fault is not green: then nothing else says anything.
     """
     state.mkdir(parents=True, exist_ok=True)
     file = state / "results.json"
     kept: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
-    todo = tuple(cell for cell in chosen if cell.key not in kept)
+    todo = [cell for cell in chosen if cell.key not in kept]
+
+    def keep(results: Iterator[Result]) -> None:
+        for result in results:
+            kept[result.cell] = asdict(result)
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(kept, indent=1))
+            part.replace(file)
+
     if todo:
         with Deployment(state / uuid.uuid4().hex[:8], say).started() as deployment:
-            prepare(deployment)
-            for batch in cells.batches(todo, at_once):
-                say(f"batch of {len(batch)}: {'; '.join(cell.key for cell in batch)}")
-                for result in run_batch(deployment, batch):
-                    kept[result.cell] = asdict(result)
-                part = file.with_suffix(".part")
-                part.write_text(json.dumps(kept, indent=1))
-                part.replace(file)
+            unharmed = deployment.airflow.trigger("retrain", conf=CONF)
+            keep(run_apart(deployment, [cell for cell in todo if not cell.fault.shared], at_once))
+            if deployment.airflow.wait("retrain", unharmed, timeout=END_SECONDS) != "success":
+                raise MatrixError(f"a run without any fault failed; logs in {deployment.airflow.home}")
+            for batch in cells.together(todo, at_once):
+                deployment.start_airflow()
+                keep(run_together(deployment, batch))
     return [Result(**kept[cell.key]) for cell in chosen]
