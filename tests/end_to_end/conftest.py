@@ -41,7 +41,7 @@ class Deployment:
     lake: Lake
     settings: Settings
     config: Path
-    """The file that CRPBOT_CONFIG names: the addresses of Coinbase and Telegram."""
+    """The file that CRPBOT_CONFIG names: Telegram's address."""
     secrets: dict[str, str]
     """What it is called -> the secret."""
 
@@ -96,7 +96,7 @@ def _secrets() -> dict[str, str]:
 def _environment(cloud: dict[str, str], secret: dict[str, str], config: Path) -> dict[str, str]:
     env = demo.profile(cloud)
     # the Connection and the file have them instead
-    del env["CRPBOT_COINBASE_URL"], env["CRPBOT_COINGECKO_API_KEY"], env["CRPBOT_TELEGRAM__URL"]
+    del env["CRPBOT_COINGECKO_API_KEY"], env["CRPBOT_TELEGRAM__URL"]
     aws = {
         "conn_type": "aws",
         "login": "canary-login",
@@ -126,14 +126,16 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     secret = _secrets()
     config = state / "crpbot.toml"
     with demo.local_cloud(state / "cloud", marker) as cloud:
-        config.write_text(f'coinbase_url = "{cloud["control_url"]}"\n[telegram]\nurl = "{cloud["control_url"]}"\n')
+        config.write_text(f'[telegram]\nurl = "{cloud["control_url"]}"\n')
         env = _environment(cloud["env"], secret, config)
         before = dict(os.environ)
         os.environ.update(env)
         try:
             with LocalAirflow(state / "airflow", env, marker=marker) as airflow:
                 secret["Airflow's admin password"] = airflow.password
-                airflow.put_connection(COINBASE, "http", password=secret["Coinbase Connection's password"])
+                airflow.put_connection(
+                    COINBASE, "http", host=env["CRPBOT_COINBASE_URL"], password=secret["Coinbase Connection's password"]
+                )
                 airflow.put_connection(COINGECKO, "http", host=env["CRPBOT_COINGECKO_URL"], password=secret["CoinGecko key"])
                 for dag in demo.DAGS:
                     airflow.unpause(dag)
