@@ -10,7 +10,6 @@ from datetime import UTC, date, datetime
 from typing import Annotated
 
 import typer
-from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import ValidationError
 from rich.console import Console
 from rich.measure import Measurement
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from crpbot_lib.config import Settings, settings
-from crpbot_lib.gpu.instances import GpuError
+from crpbot_lib.gpu.instances import API_ERRORS, GpuError
 from crpbot_lib.lake import Lake, LakeError
 from crpbot_lib.market_data import MarketDataError
 from crpbot_lib.market_data.progress import LogMeter, Meter
@@ -44,8 +43,7 @@ EXPECTED = (
     TrainingError,
     GpuError,
     LakeError,
-    ClientError,
-    BotoCoreError,
+    *API_ERRORS,
     OSError,
     # FeatureError is one; so are an unknown symbol and a value that is not valid
     ValueError,

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
-from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import BaseModel, ConfigDict
 
 from crpbot_lib.gpu import instances
@@ -75,7 +74,7 @@ def spot_changes(ec2: EC2Client, instance_type: str, zone: str, start: datetime,
             EndTime=end,
         )
         return sorted(Change(row["Timestamp"], float(row["SpotPrice"])) for page in pages for row in page["SpotPriceHistory"])
-    except (ClientError, BotoCoreError) as error:
+    except instances.API_ERRORS as error:
         log.warning("no spot price history of %s in %s, the price at launch is used: %s", instance_type, zone, error)
         return []
 

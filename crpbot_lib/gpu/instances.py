@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
+
 from crpbot_lib.lake import Lake
 
 if TYPE_CHECKING:
@@ -34,6 +37,10 @@ ENDING = ("shutting-down", "terminated")
 
 SPOT_INTERRUPTION = "Server.SpotInstanceTermination"
 """The StateReason of a spot instance that EC2 took back (EC2 API reference, StateReason)."""
+
+API_ERRORS = (ClientError, BotoCoreError, ResponseParserError)
+"""What a call of AWS raises whose outcome is an error or not known. The last is of an answer that was cut, which botocore neither
+asks for again nor counts among its own errors."""
 
 UTC_NOW: Callable[[], datetime] = lambda: datetime.now(UTC)  # noqa: E731
 

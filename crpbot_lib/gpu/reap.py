@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from botocore.exceptions import BotoCoreError, ClientError
-
 from crpbot_lib.config import GpuSettings
 from crpbot_lib.gpu import budget, instances
-from crpbot_lib.gpu.instances import UTC_NOW, Instance
+from crpbot_lib.gpu.instances import API_ERRORS, UTC_NOW, Instance
 from crpbot_lib.gpu.terminate import TerminationError, terminate
 from crpbot_lib.lake import Lake, LakeError
 
@@ -110,14 +108,14 @@ def reap(
                 terminate(ec2, [i.id])
         except TerminationError as error:
             failed.append(str(error))
-        except (ClientError, BotoCoreError) as error:
+        except API_ERRORS as error:
             failed.append(f"{i.id} could not be marked: {error}")
     if not verdicts:
         log.info("no living instance tagged %s=%s", instances.TAG_PROJECT, gpu.project_tag)
     if not dry_run:
         try:
             verdicts = _with_costs(ec2, lake, gpu, verdicts, now)
-        except (ClientError, BotoCoreError, LakeError) as error:
+        except (*API_ERRORS, LakeError) as error:
             # after all that had to end was asked to
             failed.append(f"the ledger could not be brought up to date: {error}")
     if failed:

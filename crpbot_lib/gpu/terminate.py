@@ -8,11 +8,11 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 
 from crpbot_lib.config import GpuSettings
 from crpbot_lib.gpu import instances
-from crpbot_lib.gpu.instances import UTC_NOW, GpuError, Instance
+from crpbot_lib.gpu.instances import API_ERRORS, UTC_NOW, GpuError, Instance
 from crpbot_lib.lake import Lake
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def terminate(ec2: EC2Client, ids: list[str]) -> list[str]:
     for instance_id in ids:
         try:
             ec2.terminate_instances(InstanceIds=[instance_id])
-        except (ClientError, BotoCoreError) as error:
+        except API_ERRORS as error:
             if isinstance(error, ClientError) and error.response["Error"]["Code"] == "InvalidInstanceID.NotFound":
                 log.warning("%s is unknown to EC2 (a new instance may be invisible for a moment)", instance_id)
                 unknown.append(instance_id)
@@ -80,7 +80,7 @@ def terminate_run(
                 log.info("terminating %s of %s", ", ".join(f"{i.id} ({i.type}, {i.state})" for i in alive), run)
                 terminate(ec2, [i.id for i in alive])
             failures = 0
-        except (ClientError, BotoCoreError, TerminationError) as error:
+        except (*API_ERRORS, TerminationError) as error:
             failures += 1
             if failures >= _API_TRIES:
                 raise TerminationError(

@@ -238,7 +238,9 @@ class _Bucket:
 
     def read(self, key: str) -> bytes:
         with self._answered(key):
-            return self.client.get_object(Bucket=self.bucket, Key=self.prefix + key)["Body"].read()
+            answer = self.client.get_object(Bucket=self.bucket, Key=self.prefix + key)
+            self._require(answer, "ContentLength", key)
+            return answer["Body"].read()
 
     def write(self, key: str, data: bytes, only_if_absent: bool, tags: Mapping[str, str]) -> None:
         options: dict[str, Any] = {"IfNoneMatch": "*"} if only_if_absent else {}
@@ -257,22 +259,31 @@ class _Bucket:
 
     def keys(self, prefix: str) -> list[str]:
         with self._answered(prefix):
-            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
-            return [item["Key"][len(self.prefix) :] for page in pages for item in page.get("Contents", [])]
+            found: list[str] = []
+            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
+                self._require(page, "KeyCount", prefix)
+                found += [item["Key"][len(self.prefix) :] for item in page.get("Contents", [])]
+            return found
 
     def tags(self, key: str) -> dict[str, str]:
         with self._answered(key):
             tag_set = self.client.get_object_tagging(Bucket=self.bucket, Key=self.prefix + key)["TagSet"]
         return {tag["Key"]: tag["Value"] for tag in tag_set}
 
+    def _require(self, answer: Mapping[str, Any], field: str, key: str) -> None:
+        """An answer that ended in its headers reads as one without content: no keys, no bytes. A whole one has ``field``."""
+        if field not in answer:
+            raise LakeError(f"s3://{self.bucket}/{self.prefix}{key}: S3's answer was cut, it has no {field}; try again")
+
     @contextmanager
     def _answered(self, key: str) -> Iterator[None]:
         """Turns what S3 refuses into the lake's errors; an absent bucket or denied access is not an absent object."""
         from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
 
         try:
             yield
-        except (BotoCoreError, ClientError) as error:
+        except (BotoCoreError, ClientError, ResponseParserError) as error:
             code = error.response["Error"]["Code"] if isinstance(error, ClientError) else ""
             # HEAD has no body to tell an absent object from an absent bucket: both are a bare 404
             if code in ("NoSuchKey", "404", "NotFound"):

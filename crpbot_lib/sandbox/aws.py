@@ -12,12 +12,15 @@ import base64
 import contextlib
 import io
 import logging
+import os
 import re
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import parse_qsl, urlencode
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -32,7 +35,7 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from moto.ssm.models import Parameter
 
 from crpbot_lib.sandbox import ec2_launch
-from crpbot_lib.sandbox.ec2_faults import Call, Ec2Faults
+from crpbot_lib.sandbox.ec2_faults import Call, Ec2Fault, Ec2Faults
 from crpbot_lib.sandbox.ec2_prices import SpotPrices
 from crpbot_lib.sandbox.ec2_wire import NAMESPACE, Answer, Form, Refusal, StartResponse, answer, filters, listed
 from crpbot_lib.sandbox.holds import Holds, Point
@@ -67,9 +70,11 @@ class Aws:
         log_groups: Sequence[str],
         instance_profiles: Sequence[str],
         image_parameters: Sequence[str],
+        stopping: threading.Event,
         holds: Holds | None = None,
     ) -> None:
         self.region = region
+        self._stopping = stopping
         self._holds = holds or Holds()
         self._user_agent = ""
         self.faults = Ec2Faults(region)
@@ -99,14 +104,38 @@ class Aws:
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         if "/ec2/aws4_request" in environ.get("HTTP_AUTHORIZATION", ""):
             return self._handle_ec2(environ).send(start_response)
-        if environ.get("REQUEST_METHOD") == "PUT" and environ.get("HTTP_IF_NONE_MATCH"):
-            # moto looks first and writes later; S3 does both at once
-            with self._conditional_put_lock:
-                return self._ask_moto(environ).send(start_response)
         if (run := _published_run(environ)) and (error := self._holds.wait(run, "publish")):
             return _s3_error(error).send(start_response)
+        action = _s3_action(environ)
+        if action and (fault := self.faults.find(call := Call(action), of_a_launch=False, count=True)):
+            return self._spoil(fault, call, environ, lambda: self._handle_s3(environ)).send(start_response)
+        if action == "PutObject":
+            return self._handle_s3(environ).send(start_response)
         answered: Iterable[bytes] = self._moto(environ, start_response)
         return answered
+
+    def _handle_s3(self, environ: Environ) -> Answer:
+        if environ["REQUEST_METHOD"] == "PUT" and environ.get("HTTP_IF_NONE_MATCH"):
+            # moto looks first and writes later; S3 does both at once
+            with self._conditional_put_lock:
+                return self._ask_moto(environ)
+        return self._ask_moto(environ)
+
+    def _spoil(self, fault: Ec2Fault, call: Call, environ: Environ, carry_out: Callable[[], Answer]) -> Answer:
+        """What the client gets of a call that ``fault`` hits. Holds no lock while it waits."""
+        if fault.error:
+            if fault.after:
+                carry_out()
+            return fault.refusal(call).answer()
+        if fault.cut == "reset" and not fault.after:
+            _cut(environ, None)
+        answered = carry_out() if fault.cut or fault.after else None
+        if fault.cut:
+            assert answered is not None
+            _cut(environ, None if fault.cut == "reset" else answered.begun(whole_head=fault.cut == "body"))
+        if self._stopping.wait(fault.stall):
+            _cut(environ, None)
+        return answered or carry_out()
 
     def _ask_moto(self, environ: Environ) -> Answer:
         seen: dict[str, Any] = {}
@@ -144,21 +173,24 @@ class Aws:
 
     def _answer_ec2(self, environ: Environ, action: str, form: Form) -> Answer:
         with self._ec2_lock:
-            self._user_agent = environ.get("HTTP_USER_AGENT", "")
             refusal = ec2_launch.check(form, self.region) if action == "RunInstances" else None
             if refusal:
                 return refusal.answer()
             call = self._call(action, form)
             fault = self.faults.find(call, of_a_launch=False, count=True)
-            if fault and not fault.after:
-                return fault.refusal(call).answer()
-            answered = self._carry_out(environ, call, form)
-        return fault.refusal(call).answer() if fault else answered
+            if fault is None:
+                return self._carry_out(environ, call, form)
+
+        def carry_out() -> Answer:
+            with self._ec2_lock:
+                return self._carry_out(environ, call, form)
+
+        return self._spoil(fault, call, environ, carry_out)
 
     # --- EC2 ---
 
     def _carry_out(self, environ: Environ, call: Call, form: Form) -> Answer:
-        action = call.action
+        action, self._user_agent = call.action, environ.get("HTTP_USER_AGENT", "")
         if action in _REFUSED:
             return Refusal("UnsupportedOperation", f"{action}: {_REFUSED[action]}").answer()
         if action == "RunInstances":
@@ -403,6 +435,28 @@ class Aws:
                     data_type="aws:ec2:image",
                 )
             )
+
+
+def _s3_action(environ: Environ) -> str | None:
+    """Which of ``ec2_faults.S3_ACTIONS`` a request asks for, its bucket being in its path; None: another one, or not of S3."""
+    if "/s3/aws4_request" not in environ.get("HTTP_AUTHORIZATION", ""):
+        return None
+    method, query = environ["REQUEST_METHOD"], dict(parse_qsl(environ["QUERY_STRING"], keep_blank_values=True))
+    if environ["PATH_INFO"].strip("/").partition("/")[2]:
+        return {"GET": "GetObject", "HEAD": "HeadObject", "PUT": "PutObject"}.get(method) if not query else None
+    return "ListObjectsV2" if method == "GET" and query.get("list-type") == "2" else None
+
+
+def _cut(environ: Environ, data: bytes | None) -> NoReturn:
+    """Ends the client's connection after ``data``, or resets it without a word. To the server it is a client that has left."""
+    connection: socket.socket = environ["werkzeug.socket"]
+    if data is None:
+        # closed with a linger of no time, a connection is reset (socket(7), SO_LINGER)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(connection.detach())
+    else:
+        connection.sendall(data)
+    raise ConnectionResetError("cut by a rule of the local cloud")
 
 
 def _instance_items(root: ElementTree.Element) -> list[ElementTree.Element]:

@@ -1,4 +1,5 @@
-"""What goes wrong at EC2 on demand: errors by action and, for a launch, by instance type, zone and market."""
+"""What goes wrong at AWS on demand: EC2's errors by action and, for a launch, by instance type, zone and market; and connections
+that are cut or say nothing, also those of S3."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from crpbot_lib.sandbox.ec2_launch import service_model, zones, zones_offering
 from crpbot_lib.sandbox.ec2_wire import Refusal
 
 Market = Literal["spot", "on-demand"]
+S3_ACTIONS = frozenset({"GetObject", "HeadObject", "ListObjectsV2", "PutObject"})
 
 # What only a launch that would make a new instance can meet. A request whose token has its instance already gets that one, whatever
 # the capacity has become; every other code comes before EC2 looks at what was asked.
@@ -41,7 +43,7 @@ _MESSAGES = {
 
 @cache
 def _actions() -> frozenset[str]:
-    return frozenset(service_model().operation_names)
+    return frozenset(service_model().operation_names) | S3_ACTIONS
 
 
 class Call(NamedTuple):
@@ -54,12 +56,17 @@ class Call(NamedTuple):
 
 
 class Ec2Fault(BaseModel):
-    """A rule: calls that match it get ``error``. What is None matches everything."""
+    """A rule: calls that match it get ``error``, or their connection is ``cut``, or stalls. What is None matches everything of EC2;
+    S3's calls are hit by name alone. Exactly one of ``error``, ``cut`` and ``stall``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    error: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9.]*$")
+    error: str | None = Field(default=None, pattern=r"^[A-Za-z][A-Za-z0-9.]*$")
     """A code of the EC2 API reference, "Error codes"; its HTTP status follows from it."""
+    cut: Literal["reset", "headers", "body"] | None = None
+    """Reset the connection without a word, or end it in the middle of the answer's headers or of its body."""
+    stall: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Say nothing for so many seconds."""
     action: str | None = None
     type: str | None = None
     zone: str | None = None
@@ -67,17 +74,29 @@ class Ec2Fault(BaseModel):
     count: int | None = Field(default=None, ge=1)
     """How many calls are hit; None: all, until the rules are replaced."""
     after: bool = False
-    """Carry the call out and answer with the error all the same: the answer that was lost."""
+    """Carry the call out first: the answer that was lost. Without it an error and a reset come instead of the call, and a stalled
+    call is carried out when its time is over, though its client may have gone."""
 
     @model_validator(mode="after")
     def _possible(self) -> Ec2Fault:
+        if [self.error, self.cut, self.stall].count(None) != 2:
+            raise ValueError("a rule needs exactly one of error, cut, stall")
+        if self.after and self.cut in ("headers", "body"):
+            raise ValueError(f"after: an answer that ends in its {self.cut} is always that of a call that was carried out")
+        if self.error and self.action in S3_ACTIONS:
+            raise ValueError(f"error codes are EC2's; {self.action} of S3 can be cut or stall")
         if self.action is not None and self.action not in _actions():
-            raise ValueError(f"EC2 has no action {self.action!r}; names are as in its API reference, as RunInstances")
+            raise ValueError(
+                f"EC2 has no action {self.action!r}; names are as in its API reference, as RunInstances, or one of S3's: "
+                f"{', '.join(sorted(S3_ACTIONS))}"
+            )
         if self.action not in (None, "RunInstances") and (self.type, self.zone, self.market) != (None, None, None):
             raise ValueError(f"type, zone and market belong to RunInstances; {self.action} has none, so this would never hit")
         return self
 
     def hits(self, call: Call) -> bool:
+        if self.action is None and call.action in S3_ACTIONS:
+            return False
         return all(
             mine in (None, theirs) for mine, theirs in zip((self.action, self.type, self.zone, self.market), call, strict=True)
         )
@@ -86,7 +105,13 @@ class Ec2Fault(BaseModel):
     def of_a_launch(self) -> bool:
         return self.error in OF_A_LAUNCH and not self.after
 
+    @property
+    def name(self) -> str:
+        """By which it is counted."""
+        return self.error or (f"cut-{self.cut}" if self.cut else "stall")
+
     def refusal(self, call: Call) -> Refusal:
+        assert self.error is not None
         message = _MESSAGES.get(self.error, "{action}: refused by a rule of the local cloud.")
         return Refusal(self.error, message.format(**call._asdict()))
 
@@ -143,7 +168,7 @@ class Ec2Faults:
                 if active.rule.of_a_launch == of_a_launch and not active.spent and active.rule.hits(call):
                     if count:
                         active.hits += 1
-                        self.injected[f"{call.action}:{active.rule.error}"] += 1
+                        self.injected[f"{call.action}:{active.rule.name}"] += 1
                     return active.rule
             return None
 

@@ -43,6 +43,14 @@ class Answer(NamedTuple):
     def succeeded(self) -> bool:
         return self.status.startswith("200")
 
+    def begun(self, *, whole_head: bool) -> bytes:
+        """What is on the wire when the connection ends too early: half of the body, whose whole length is announced, or half of the
+        head."""
+        headers = {name.lower(): value for name, value in self.headers} | {"content-length": str(len(self.body))}
+        lines = [f"HTTP/1.1 {self.status}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        head = "\r\n".join(lines).encode("latin-1")
+        return head + self.body[: len(self.body) // 2] if whole_head else head[: len(head) // 2]
+
     def send(self, start_response: StartResponse) -> Iterable[bytes]:
         start_response(self.status, self.headers)
         return [self.body]

@@ -114,6 +114,7 @@ class Instance:
         """When EC2 takes the instance back, once it has said so; ``rebalance_at``: when it recommended to move."""
         self.rebalance_at: datetime | None = None
         self.frozen = False
+        self.power_off_fails = False
         self._machine, self._timing, self._changed, self._holds = machine, timing, changed, holds
         self._power_off_at: float | None = None
         self._taken_back_at: float | None = None
@@ -136,7 +137,7 @@ class Instance:
 
     def power_off(self, by: str = "power-off") -> None:
         """The instance switched itself off; its InstanceInitiatedShutdownBehavior says what that means. A frozen one cannot."""
-        if not self.frozen:
+        if not self.power_off_fails:
             self._begin_end("instance", "terminated" if self.launch.shutdown_behavior == "terminate" else "stopped", by)
 
     def schedule_power_off(self, minutes: int) -> datetime:
@@ -166,16 +167,19 @@ class Instance:
                 self._taken_back_at = time.monotonic() + interruption.notice_seconds
             self._condition.notify_all()
 
-    def freeze(self) -> None:
+    def freeze(self, *, processes: bool = True) -> None:
         """The instance hangs: its processes stop where they are and its power-off never comes. Only EC2 can end it then.
 
-        A pending one becomes ``running`` and starts nothing. ValueError when the instance is ending.
+        A pending one becomes ``running`` and starts nothing. Without ``processes`` all goes on, but for the power-off. ValueError
+        when the instance is ending.
         """
         with self._condition:
             self._require_alive("frozen")
-            self.frozen = True
+            self.power_off_fails = True
+            self.frozen = self.frozen or processes
             self._condition.notify_all()
-        self._freeze_processes()
+        if self.frozen:
+            self._freeze_processes()
 
     def _require_alive(self, what: str) -> None:
         if self.state not in ALIVE:
@@ -243,7 +247,7 @@ class Instance:
                 if self.end is not None:
                     return True
                 now = time.monotonic()
-                power_off, taken_back = None if self.frozen else self._power_off_at, self._taken_back_at
+                power_off, taken_back = None if self.power_off_fails else self._power_off_at, self._taken_back_at
                 due = min((t for t in (power_off, taken_back) if t is not None), default=None)
                 if due is None or now < due:
                     if limit is not None and now >= limit:

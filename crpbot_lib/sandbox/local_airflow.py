@@ -165,6 +165,14 @@ class LocalAirflow:
     def unpause(self, dag: str) -> None:
         self._request("PATCH", f"dags/{dag}", {"is_paused": False})
 
+    def put_connection(self, name: str, kind: str, **fields: Any) -> None:
+        """Stores a Connection in Airflow's database, or changes the ``fields`` that are named of the one that is there."""
+        body = {"connection_id": name, "conn_type": kind, **fields}
+        if name in {found["connection_id"] for found in self._get("connections", limit=100)["connections"]}:
+            self._request("PATCH", f"connections/{name}", body, {"update_mask": list(fields)})
+        else:
+            self._request("POST", "connections", body, known=409)
+
     def trigger(self, dag: str, *, conf: dict[str, Any] | None = None, partition_key: str | None = None) -> str:
         """Starts a run and returns its id."""
         # named here, so that asking again after a lost answer starts no second run

@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 BUCKET = "crpbot-local"
 TELEGRAM_TOKEN = "local-cloud-dummy-token"
 TELEGRAM_CHAT = "1"
-_CREDENTIALS = {"AWS_ACCESS_KEY_ID": "local-cloud", "AWS_SECRET_ACCESS_KEY": "local-cloud"}
+_CREDENTIALS = {"AWS_ACCESS_KEY_ID": "local-cloud", "AWS_SECRET_ACCESS_KEY": "local-cloud-dummy-secret"}
+"""Any are taken."""
 _SSM_PREFIX = "resolve:ssm:"
 
 # moto's backends are globals of the process, so a process holds one local cloud at a time
@@ -100,6 +101,12 @@ class _Visibility(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     seconds: float = Field(ge=0)
+
+
+class _Freeze(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    processes: bool = True
 
 
 class _Held(BaseModel):
@@ -201,7 +208,8 @@ def _no_application(*_: Any) -> Iterable[bytes]:
 
 
 class _QuietMotoHandler(_QuietHandler, MotoRequestHandler):
-    pass
+    def connection_dropped(self, error: BaseException, environ: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        self.close_connection = True  # also where a rule has cut it: no further request is waited for
 
 
 class Sandbox:
@@ -269,6 +277,7 @@ class Sandbox:
             log_groups=[gpu.log_group],
             instance_profiles=[gpu.instance_profile],
             image_parameters=[gpu.ami.removeprefix(_SSM_PREFIX)] if gpu.ami.startswith(_SSM_PREFIX) else [],
+            stopping=self._stopping,
             holds=self.holds,
         )
         self.runner = Runner(
@@ -613,11 +622,11 @@ class Sandbox:
         times = {"ends_at": found.ends_at, "rebalance_at": found.rebalance_at}
         return _json({name: at and at.isoformat() for name, at in times.items()})
 
-    def _on_freeze(self, _request: Request, instance: str) -> Response:
-        """The instance hangs from now on."""
+    def _on_freeze(self, request: Request, instance: str) -> Response:
+        """The instance hangs from now on; {"processes": false}: its power-off alone."""
         found = self._instance(instance)
-        found.freeze()
-        return _json({"frozen": found.pids()[1:]})
+        found.freeze(processes=_Freeze.model_validate(request.get_json()).processes)
+        return _json({"frozen": found.pids()[1:] if found.frozen else []})
 
     def _on_metadata(self, request: Request, instance: str, path: str) -> Response:
         return self._metadata.answer(self._instance(instance), request, path)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import time
+from datetime import datetime
 from typing import Any
 
 import pytest
 
 from crpbot_lib import registry
+from crpbot_lib.gpu import instances
 from crpbot_lib.lake import keys
+from crpbot_lib.sandbox.server import SandboxOptions
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
 DAYS = ["2025-05-26", "2025-05-27"]
+"""As in the fixture `trained`."""
 LIMIT = 600
 """Seconds for one DAG run on a busy machine; nothing here asserts a time."""
 
@@ -28,27 +32,6 @@ def states(deployment: Any, dag: str, run: str) -> dict[str, set[str]]:
 def digests(deployment: Any, prefix: str) -> dict[str, str]:
     lake = deployment.lake
     return {key: hashlib.sha256(lake.read(key)).hexdigest() for key in lake.keys(prefix)}
-
-
-@pytest.fixture(scope="module")
-def trained(deployment: Any) -> dict[str, Any]:
-    """Two days fetched, then one whole retraining, watched while it ran."""
-    airflow = deployment.airflow
-    runs = [airflow.trigger("market_data", partition_key=day) for day in DAYS]
-    data = [airflow.wait("market_data", run, LIMIT) for run in runs]
-
-    seen_alive: list[tuple[bool, int]] = []
-
-    def watch(tasks: list[dict[str, Any]]) -> None:
-        state = {t["task_id"]: t["state"] for t in tasks}
-        if state.get("train") == "deferred":
-            lines = airflow.task_log("retrain", run, "train").count("SMOKE")
-            seen_alive.append((bool(deployment.living()), lines))
-
-    run = airflow.trigger("retrain", conf={"start": DAYS[0], "end": "2025-05-28"})
-    state = airflow.wait("retrain", run, LIMIT, progress=watch)
-    name = airflow.xcom("retrain", run, "plan")["run"] if state == "success" else ""
-    return {"data": data, "run": run, "state": state, "name": name, "seen": seen_alive}
 
 
 def test_no_dag_has_an_import_error(deployment: Any) -> None:
@@ -125,9 +108,16 @@ def test_publication_starts_the_promotion_and_telegram_hears_of_it(deployment: A
 
 
 def test_a_training_that_fails_on_purpose_fails_the_run_and_leaves_no_instance(deployment: Any, trained: dict[str, Any]) -> None:
-    """The local cloud has no GPU, and a job that is no smoke run refuses to train without one."""
+    """The local cloud has no GPU, and a job that is no smoke run refuses to train without one. The power-off at the job's end never
+    comes, so that the teardown alone ends the instance."""
     airflow = deployment.airflow
     run = airflow.trigger("retrain", conf={"start": DAYS[0], "end": "2025-05-28", "symbols": ["ETH-USD"], "smoke": False})
+    until = time.monotonic() + LIMIT
+    while not deployment.living():
+        assert time.monotonic() < until, "no instance was launched"
+        time.sleep(0.1)
+    (instance,) = deployment.living()
+    deployment.control(f"instances/{instance}/freeze", {"processes": False})
     assert airflow.wait("retrain", run, LIMIT) == "failed"
 
     found = states(deployment, "retrain", run)
@@ -139,6 +129,8 @@ def test_a_training_that_fails_on_purpose_fails_the_run_and_leaves_no_instance(d
     # it would fail the same way again, so it is not tried again
     (train,) = [t for t in airflow.tasks("retrain", run) if t["task_id"] == "train"]
     assert train["try_number"] == 1
+    (ended,) = [i for i in deployment.instances() if i["id"] == instance]
+    assert (ended["state"], ended["state_reason"]) == ("terminated", "Client.UserInitiatedShutdown")
     assert deployment.living() == []
 
 
@@ -202,3 +194,24 @@ def test_a_run_that_somebody_marks_as_failed_stays_failed_and_leaves_no_instance
     assert found["terminate"] == {"success"}
     assert found["cost_report"] == {"success"}
     assert deployment.living() == []
+
+
+def test_how_soon_each_instance_ended_after_its_job_is_told(deployment: Any, trained: dict[str, Any], proof: list[str]) -> None:
+    """From the job's last word to EC2's `terminated`, less the time that the local cloud takes for a shutdown by itself."""
+    shutdown = SandboxOptions().shutdown_seconds
+    by = {"Client.InstanceInitiatedShutdown": "its own power-off", "Client.UserInitiatedShutdown": "the teardown"}
+    ended_by = set()
+    for instance in deployment.instances():
+        tags = instance["tags"]
+        status = deployment.lake.read_json(keys.training_run(tags[instances.TAG_RUN], "status.json"))
+        # of an earlier generation nothing is told any more, and an interrupted job was ended with its instance
+        if str(status["generation"]) != tags[instances.TAG_GENERATION] or status["state"] not in ("succeeded", "failed"):
+            continue
+        (ended,) = [entry["at"] for entry in instance["history"] if entry["state"] == "terminated"]
+        after = (datetime.fromisoformat(ended) - datetime.fromisoformat(status["heartbeat"])).total_seconds()
+        who = by[instance["state_reason"]]
+        ended_by.add(who)
+        proof.append(
+            f"job {status['state']} -> terminated by {who}: {after - shutdown:.1f} s beyond the shutdown's own {shutdown:g} s"
+        )
+    assert ended_by == set(by.values())

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import contextlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import boto3
 import pytest
-from botocore.exceptions import ClientError
+from botocore.config import Config
+from botocore.exceptions import ClientError, ConnectionClosedError, ReadTimeoutError
+from botocore.parsers import ResponseParserError
 
 IDLE = "#!/bin/bash\n"
 
@@ -30,6 +34,15 @@ def rules(cloud: Any) -> Callable[..., None]:
         cloud.post("/_sandbox/ec2/faults", list(rules)).raise_for_status()
 
     return post
+
+
+@pytest.fixture
+def impatient(cloud: Any) -> Callable[[str], Any]:
+    """Clients that wait half a second for an answer, and ask once."""
+    env = cloud.env
+    session = boto3.session.Session(env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"], region_name=env["AWS_REGION"])
+    config = Config(retries={"max_attempts": 0}, read_timeout=0.5)
+    return lambda service: session.client(service, endpoint_url=env["AWS_ENDPOINT_URL"], config=config)
 
 
 def refused(call: Callable[..., Any], *arguments: Any, **request: Any) -> tuple[str, int, str]:
@@ -137,7 +150,12 @@ def test_an_empty_list_clears_and_the_capacity_said_by_type_is_another_list(clou
         ({"error": "InternalError", "market": "cheap"}, "market"),
         ({"error": "InternalError", "count": 0}, "count"),
         ({"error": "no code"}, "error"),
-        ({"action": "RunInstances"}, "error"),
+        ({"action": "RunInstances"}, "exactly one of error, cut, stall"),
+        ({"error": "InternalError", "cut": "reset"}, "exactly one of error, cut, stall"),
+        ({"cut": "body", "after": True}, "always that of a call that was carried out"),
+        ({"cut": "head"}, "cut"),
+        ({"stall": 0}, "stall"),
+        ({"error": "InternalError", "action": "PutObject"}, "PutObject of S3 can be cut or stall"),
         ({"error": "InternalError", "times": 1}, "times"),
     ],
 )
@@ -168,6 +186,76 @@ def test_a_termination_whose_answer_is_lost_has_happened(cloud: Any, rules: Any)
     cloud.wait_for_state(instance, "terminated")
     again = cloud.ec2.terminate_instances(InstanceIds=[instance])["TerminatingInstances"][0]
     assert (again["PreviousState"]["Name"], again["CurrentState"]["Name"]) == ("terminated", "terminated")
+
+
+# --- cut connections -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "carried_out"),
+    [
+        ({"cut": "reset"}, ConnectionClosedError, False),
+        ({"cut": "reset", "after": True}, ConnectionClosedError, True),
+        ({"cut": "headers"}, ResponseParserError, True),
+        ({"cut": "body"}, ResponseParserError, True),
+        ({"stall": 3600}, ReadTimeoutError, False),
+        ({"stall": 3600, "after": True}, ReadTimeoutError, True),
+    ],
+)
+def test_a_connection_is_cut_or_stalls_before_or_after_the_call_is_carried_out(
+    cloud: Any, rules: Any, impatient: Callable[[str], Any], rule: dict[str, Any], error: type[Exception], carried_out: bool
+) -> None:
+    instance = cloud.launch(IDLE)
+    rules({"action": "TerminateInstances", "count": 1, **rule})
+    with pytest.raises(error):
+        impatient("ec2").terminate_instances(InstanceIds=[instance])
+    assert (cloud.record(instance)["state"] in ("shutting-down", "terminated")) == carried_out
+    cloud.ec2.terminate_instances(InstanceIds=[instance])
+    cloud.wait_for_state(instance, "terminated")
+    name = rule.get("cut") and f"cut-{rule['cut']}"
+    assert f"TerminateInstances:{name or 'stall'}" in cloud.get("/_sandbox/ec2/faults").json()["injected"]
+
+
+def test_a_call_that_stalled_is_carried_out_late_though_its_client_has_gone(
+    cloud: Any, rules: Any, impatient: Callable[[str], Any]
+) -> None:
+    instance = cloud.launch(IDLE)
+    rules({"action": "TerminateInstances", "count": 1, "stall": 1.5})
+    with pytest.raises(ReadTimeoutError):
+        impatient("ec2").terminate_instances(InstanceIds=[instance])
+    cloud.wait_for_state(instance, "terminated")
+
+
+def test_a_stall_holds_up_no_other_call(cloud: Any, rules: Any, impatient: Callable[[str], Any]) -> None:
+    rules({"action": "DescribeSubnets", "stall": 3600})
+    with pytest.raises(ReadTimeoutError):
+        impatient("ec2").describe_subnets()
+    assert cloud.ec2.describe_instances()
+
+
+@pytest.mark.parametrize(
+    ("rule", "there"),
+    [({"cut": "reset"}, False), ({"cut": "reset", "after": True}, True), ({"stall": 3600}, False), ({"cut": "headers"}, True)],
+)
+def test_a_conditional_put_can_be_cut_and_its_repetition_says_whether_the_first_was_carried_out(
+    cloud: Any, rules: Any, impatient: Callable[[str], Any], rule: dict[str, Any], there: bool
+) -> None:
+    put = {"Bucket": "crpbot-local", "Key": f"cut/{rule}", "Body": b"first", "IfNoneMatch": "*"}
+    rules({"action": "PutObject", "count": 1, **rule})
+    with contextlib.suppress(ConnectionClosedError, ReadTimeoutError):
+        impatient("s3").put_object(**put)
+    if there:
+        assert refused(cloud.s3.put_object, **put)[0] == "PreconditionFailed"
+    else:
+        cloud.s3.put_object(**put)
+
+
+def test_rules_without_an_action_are_ec2s_alone(cloud: Any, rules: Any) -> None:
+    rules({"cut": "reset"})
+    cloud.s3.put_object(Bucket="crpbot-local", Key="whole", Body=b"whole")
+    assert cloud.s3.get_object(Bucket="crpbot-local", Key="whole")["Body"].read() == b"whole"
+    with pytest.raises(ConnectionClosedError):
+        cloud.ec2.describe_instances()
 
 
 def test_a_token_gives_its_instance_back_where_a_new_launch_would_find_no_capacity_but_not_under_throttling(

@@ -273,6 +273,21 @@ def test_ec2_takes_a_frozen_spot_instance_back_all_the_same(cloud: Any) -> None:
     assert [pid for pid in pids if alive(pid)] == []
 
 
+def test_an_instance_whose_power_off_fails_works_on_and_is_ended_by_the_api_alone(cloud: Any) -> None:
+    instance, twin = started(cloud), started(cloud)
+    answer = cloud.post(f"/_sandbox/instances/{instance}/freeze", {"processes": False})
+    assert answer.json() == {"frozen": []}
+    for one in (instance, twin):
+        power(cloud, one, action="schedule", minutes=0)
+    cloud.wait_for_state(twin, "terminated")
+    power(cloud, instance, action="off")
+    assert cloud.state(instance) == "running"
+    assert "T" not in {status(pid) for pid in cloud.sandbox.runner.get(instance).pids()[:2]}
+    cloud.ec2.terminate_instances(InstanceIds=[instance])
+    cloud.wait_for_state(instance, "terminated")
+    assert cloud.describe(instance)["StateReason"]["Code"] == "Client.UserInitiatedShutdown"
+
+
 def test_what_has_ended_cannot_be_frozen(cloud: Any) -> None:
     instance = cloud.launch("#!/bin/bash\n")
     cloud.ec2.terminate_instances(InstanceIds=[instance])
