@@ -65,7 +65,7 @@ class LocalAirflow:
         self.env = self._environment(env)
 
     def _environment(self, extra: dict[str, str]) -> dict[str, str]:
-        # nothing of the caller's own Airflow or AWS configuration may leak in; without bytecode each task would compile Airflow anew
+        # nothing of the caller's own Airflow or AWS configuration may leak in; without bytecode each task compiles Airflow anew
         left_out = ("AIRFLOW", "AWS_", "CRPBOT_", "PYTHONDONTWRITEBYTECODE")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
         return {
