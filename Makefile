@@ -5,13 +5,19 @@ TORCH_VERSION := 2.13.0
 # A machine that has no CPU wheel of torch at hand takes it from here: make setup TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 TORCH_INDEX_URL ?=
 SOURCE ?= auto
+DOCKER ?= docker
+# Of an image; empty: the Dockerfile's own base, and crpbot-NAME:VERSION. BUILD_OPTIONS: what else `docker build` is to be told.
+BASE_IMAGE ?=
+TAG ?=
+BUILD_OPTIONS ?=
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 export AWS_EC2_METADATA_DISABLED := true
 
-.PHONY: setup demo up test bench bench-data bench-features lint format docs lock clean
+.PHONY: setup demo up test bench bench-data bench-features lint format docs lock image-training image-airflow clean
 
 setup: $(STAMP)
 
@@ -48,6 +54,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint images/*/Dockerfile
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -59,11 +66,23 @@ docs: setup
 	$(BIN)/crpbot features dictionary > docs/features.md
 
 # Versions move only here. --universal: one lock for every platform; torch stays out of it (see pyproject.toml).
-COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" pyproject.toml
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock"
 lock: setup
-	$(COMPILE) --all-extras -o requirements/environment.lock
-	$(COMPILE) --extra torch -c requirements/environment.lock -o requirements/training.lock
-	$(COMPILE) --extra torch --extra data --extra cli --extra airflow --extra sandbox -c requirements/environment.lock -o requirements/airflow.lock
+	$(COMPILE) pyproject.toml --all-extras -o requirements/environment.lock
+	$(COMPILE) pyproject.toml --extra torch -c requirements/environment.lock -o requirements/training.lock
+	$(COMPILE) pyproject.toml --extra torch --extra data --extra cli --extra airflow --extra sandbox -c requirements/environment.lock -o requirements/airflow.lock
+	$(COMPILE) --group sbom -o requirements/sbom.lock
+
+# The images (docs/containers.md), with any of BASE_IMAGE, TORCH_INDEX_URL, TAG: make image-training TAG=registry/crpbot-training:0.1.0
+image-training:
+	$(call build,training)
+
+image-airflow:
+	$(call build,airflow)
+
+build = $(DOCKER) build --file images/$1/Dockerfile --tag $(or $(TAG),crpbot-$1:$(VERSION)) \
+	--build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown) \
+	$(foreach name,BASE_IMAGE TORCH_INDEX_URL,$(if $($(name)),--build-arg $(name)=$($(name)))) $(BUILD_OPTIONS) .
 
 clean:
 	rm -rf $(VENV) .crpbot build *.egg-info infra/node_modules
