@@ -66,12 +66,12 @@ docs: setup
 	$(BIN)/crpbot features dictionary > docs/features.md
 
 # Versions move only here. --universal: one lock for every platform; torch stays out of it (see pyproject.toml).
-COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock"
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" pyproject.toml
 lock: setup
-	$(COMPILE) pyproject.toml --all-extras -o requirements/environment.lock
-	$(COMPILE) pyproject.toml --extra torch -c requirements/environment.lock -o requirements/training.lock
-	$(COMPILE) pyproject.toml --extra torch --extra data --extra cli --extra airflow --extra sandbox -c requirements/environment.lock -o requirements/airflow.lock
-	$(COMPILE) --group sbom -o requirements/sbom.lock
+	$(COMPILE) --all-extras -o requirements/environment.lock
+	$(COMPILE) --extra torch -c requirements/environment.lock -o requirements/training.lock
+	$(COMPILE) --extra torch --extra data --extra cli --extra airflow --extra sandbox -c requirements/environment.lock -o requirements/airflow.lock
+	$(filter-out pyproject.toml,$(COMPILE)) --group sbom -o requirements/sbom.lock
 
 # The images (docs/containers.md), with any of BASE_IMAGE, TORCH_INDEX_URL, TAG: make image-training TAG=registry/crpbot-training:0.1.0
 image-training:

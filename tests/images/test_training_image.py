@@ -69,7 +69,8 @@ def image(docker: str, proof: list[str]) -> Iterator[str]:
     began = time.monotonic()
     make = ["make", "--no-print-directory", "image-training", f"DOCKER={docker}", f"TAG={TAG}"]
     built = subprocess.run(make, cwd=REPOSITORY, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr[-8000:]
+    if built.returncode:
+        pytest.fail(f"{shlex.join(make)} failed:\n{built.stderr[-4000:]}", pytrace=False)
     size = subprocess.run([docker, "image", "inspect", "--format", "{{.Size}}", TAG], capture_output=True, text=True, check=True)
     proof.append(f"training image: built in {time.monotonic() - began:.0f} s, {int(size.stdout) / 1e6:,.0f} MB")
     yield TAG
@@ -146,7 +147,7 @@ def test_its_labels_say_what_it_is_and_from_what(docker: str, image: str) -> Non
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout.strip()
     assert labels["org.opencontainers.image.title"] == "crpbot-training"
     assert labels["org.opencontainers.image.revision"].removesuffix("-dirty") == (head or "unknown")
-    assert labels["org.opencontainers.image.base.name"] == os.environ.get("BASE_IMAGE", "python:3.11-slim-bookworm")
+    assert labels["org.opencontainers.image.base.name"] == (os.environ.get("BASE_IMAGE") or "python:3.11-slim-bookworm")
     assert "org.opencontainers.image.created" not in labels
     assert config["User"] == "10001:10001"
     assert config["Entrypoint"] == ["python", "-m", "crpbot_lib.training"]
