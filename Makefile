@@ -7,6 +7,12 @@ TORCH_INDEX_URL ?=
 SOURCE ?= auto
 # How many processes run the tests.
 WORKERS ?= 2
+DOCKER ?= docker
+# Of an image; empty: the Dockerfile's own base, and crpbot-NAME:VERSION. BUILD_OPTIONS: what else `docker build` is to be told.
+BASE_IMAGE ?=
+TAG ?=
+BUILD_OPTIONS ?=
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -15,7 +21,7 @@ export AWS_EC2_METADATA_DISABLED := true
 # Some images set it, and then every process of a test or of the demonstration compiles Airflow anew: 6 s each instead of 2.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo up test fault-matrix bench bench-data bench-features lint format docs lock clean
+.PHONY: setup demo up test fault-matrix bench bench-data bench-features lint format docs lock image-training image-airflow clean
 
 setup: $(STAMP)
 
@@ -57,6 +63,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint images/*/Dockerfile
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -73,6 +80,18 @@ lock: setup
 	$(COMPILE) --all-extras -o requirements/environment.lock
 	$(COMPILE) --extra torch -c requirements/environment.lock -o requirements/training.lock
 	$(COMPILE) --extra torch --extra data --extra cli --extra airflow --extra sandbox -c requirements/environment.lock -o requirements/airflow.lock
+	$(filter-out pyproject.toml,$(COMPILE)) --group sbom -o requirements/sbom.lock
+
+# The images (docs/containers.md), with any of BASE_IMAGE, TORCH_INDEX_URL, TAG: make image-training TAG=registry/crpbot-training:0.1.0
+image-training:
+	$(call build,training)
+
+image-airflow:
+	$(call build,airflow)
+
+build = $(DOCKER) build --file images/$1/Dockerfile --tag $(or $(TAG),crpbot-$1:$(VERSION)) \
+	--build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown) \
+	$(foreach name,BASE_IMAGE TORCH_INDEX_URL,$(if $($(name)),--build-arg $(name)=$($(name)))) $(BUILD_OPTIONS) .
 
 clean:
 	rm -rf $(VENV) .crpbot build *.egg-info infra/node_modules

@@ -16,6 +16,7 @@ _SCRIPT = Template("""\
 shutdown -h +$minutes
 ${login}docker pull $image
 docker run --rm --gpus all --name crpbot-training --network host --stop-timeout 70 \\
+  --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges --pids-limit 2048 \\
   --log-driver awslogs --log-opt awslogs-region=$region --log-opt awslogs-group=$log_group --log-opt awslogs-stream=$log_stream \\
   --log-opt mode=non-blocking --log-opt max-buffer-size=4m \\
   -e AWS_DEFAULT_REGION=$region -e CRPBOT_LAKE=$lake -e CRPBOT_RUN=$run -e CRPBOT_GENERATION=$generation \\
@@ -40,8 +41,9 @@ def render(
 
     The log driver does not block: by default a training would stand still while CloudWatch is away (Docker docs, "Configure logging
     drivers"). The stop timeout gives the job time for a checkpoint when the instance is shut down (Docker's own is 10 s); it takes
-    a minute at the most. Endpoints are passed through by name: set on a machine that has them (a local cloud), absent on AWS, where
-    the job asks the instance's own metadata service for spot notices, one hop away on the host's network.
+    a minute at the most. The image needs no capability and writes to /tmp alone; the limit on processes and threads is many times
+    what an instance's cores ask for. Endpoints are passed through by name: set on a machine that has them (a local cloud), absent
+    on AWS, where the job asks the instance's own metadata service for spot notices, one hop away on the host's network.
     """
     registry = image.partition("/")[0]
     login = ""

@@ -276,14 +276,22 @@ class _UsageError(Exception):
     """The docker stand-in does not know this; it says so instead of guessing."""
 
 
+# Taken, and not enforced: the job is a process of this machine. What a real docker would refuse is refused.
+_CONFINEMENT = {"--tmpfs": "/tmp", "--cap-drop": "ALL", "--security-opt": "no-new-privileges"}
+_WITH_VALUE = (
+    *("--gpus", "--name", "--network", "--net", "--stop-timeout", "--log-driver", "--log-opt", "-e", "--env", "--pids-limit"),
+    *_CONFINEMENT,
+)
+
+
 def _parse_run(arguments: list[str]) -> _Run:
     run = _Run()
     rest = list(arguments)
     while rest and rest[0].startswith("-"):
         flag, _, attached = rest.pop(0).partition("=")
-        if flag == "--rm" and not attached:
+        if flag in ("--rm", "--read-only") and not attached:
             continue
-        if flag not in ("--gpus", "--name", "--network", "--net", "--stop-timeout", "--log-driver", "--log-opt", "-e", "--env"):
+        if flag not in _WITH_VALUE:
             raise _UsageError(f"unknown flag: {flag} (the local cloud's docker stand-in knows what the training's user data uses)")
         if not attached and not rest:
             raise _UsageError(f"flag needs an argument: {flag}")
@@ -301,6 +309,10 @@ def _parse_run(arguments: list[str]) -> _Run:
             run.log_options[name] = text
         elif flag in ("--network", "--net") and value != "host":
             raise _UsageError(f"network {value} not found (the local cloud knows `host`)")
+        elif flag in ("--pids-limit", "--stop-timeout") and not value.isdecimal():
+            raise _UsageError(f'invalid argument "{value}" for "{flag}" flag')
+        elif value != _CONFINEMENT.get(flag, value):
+            raise _UsageError(f"{flag} {value} (the local cloud knows `{_CONFINEMENT[flag]}`)")
     if not rest:
         raise _UsageError('"docker run" requires at least 1 argument: the image')
     run.image, run.arguments = rest[0], rest[1:]

@@ -3,6 +3,7 @@
 Environment: ``CRPBOT_LAKE`` (the lake's address), ``CRPBOT_RUN`` (the run whose ``job.json`` to follow),
 ``CRPBOT_GENERATION`` (the instance's number within the run), AWS's own variables, those of the metadata service among them.
 Exit status: 0 succeeded, 1 failed (a retry may help), 65 failed for good, 75 interrupted by SIGTERM or a spot notice.
+With ``--health``, in the same environment: 0 while that job's heartbeat reaches the lake, else 1; the image's HEALTHCHECK.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from datetime import UTC, datetime
 from types import FrameType
 
 from crpbot_lib.config import settings
@@ -21,6 +23,8 @@ from crpbot_lib.lake import Lake
 from crpbot_lib.training import job
 from crpbot_lib.training.errors import TrainingError
 from crpbot_lib.training.notices import Interrupted, MetadataPoller, Notices, endpoint
+from crpbot_lib.training.spec import read_status
+from crpbot_lib.training.status import health
 
 EXIT_FAILED, EXIT_PERMANENT, EXIT_INTERRUPTED = 1, 65, 75
 LONGEST_STOP_SECONDS = 60.0
@@ -35,6 +39,16 @@ def _stop_in_time(notices: Notices) -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
+def _health(run_id: str, generation: int) -> int:
+    """What an orchestrator sees of the job: a store that is away is as bad as a job that hangs."""
+    try:
+        healthy, said = health(read_status(Lake(settings().lake), run_id), generation, datetime.now(UTC))
+    except Exception as error:
+        healthy, said = False, f"the status of run {run_id} cannot be read: {type(error).__name__}: {error}"
+    logger.log(logging.INFO if healthy else logging.ERROR, said)
+    return 0 if healthy else EXIT_FAILED
+
+
 def main() -> int:
     """Runs the job named by the environment; returns the exit status."""
     # a StreamHandler flushes after every record, so each line is visible at once, whatever buffers stdout has
@@ -43,6 +57,12 @@ def main() -> int:
     run_id = os.environ.get("CRPBOT_RUN", "")
     if not run_id or not settings().lake:
         logger.error("CRPBOT_LAKE and CRPBOT_RUN must both be set: where the lake is, and which run's job.json to follow")
+        return EXIT_PERMANENT
+    generation = int(os.environ.get("CRPBOT_GENERATION", "0"))
+    if sys.argv[1:] == ["--health"]:
+        return _health(run_id, generation)
+    if sys.argv[1:]:
+        logger.error("unknown arguments %s: the job takes none, all is in the environment and in its job.json", sys.argv[1:])
         return EXIT_PERMANENT
     notices = Notices()
 
@@ -56,7 +76,7 @@ def main() -> int:
     if address := endpoint(os.environ):
         MetadataPoller(address, notices).start()
     try:
-        job.run(Lake(settings().lake), run_id, int(os.environ.get("CRPBOT_GENERATION", "0")), notices=notices)
+        job.run(Lake(settings().lake), run_id, generation, notices=notices)
     except Interrupted:
         return EXIT_INTERRUPTED
     except TrainingError as error:

@@ -13,11 +13,23 @@ from crpbot_lib.training.smoke import marked
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 5.0
+FRESH_SECONDS = 60.0
+"""An older heartbeat is no sign of life: a dozen of them were not written."""
 State = Literal["running", "succeeded", "failed", "interrupted"]
 
 
 def _utc_now() -> datetime:
     return datetime.now(UTC)
+
+
+def health(status: dict[str, Any] | None, generation: int, now: datetime) -> tuple[bool, str]:
+    """Whether ``status`` (None: there is none) shows that the job of ``generation`` is alive, and the line that says so."""
+    if status is None:
+        return False, "the job has written no status yet"
+    if status["generation"] != generation:
+        return False, f"the status is generation {status['generation']}'s, this is {generation}"
+    age = (now - datetime.fromisoformat(status["heartbeat"])).total_seconds()
+    return age <= FRESH_SECONDS, f"{status['state']}, heartbeat {age:.0f} s ago (expected within {FRESH_SECONDS:.0f} s)"
 
 
 class StatusFile:

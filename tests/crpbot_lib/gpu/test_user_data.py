@@ -55,6 +55,16 @@ def test_the_job_reaches_the_metadata_service_and_has_time_for_a_checkpoint_when
     assert LONGEST_STOP_SECONDS < int(run[run.index("--stop-timeout") + 1]) < 110
 
 
+def test_the_job_runs_without_a_capability_and_can_write_to_its_tmp_alone() -> None:
+    run = commands(user_data.render(**ARGUMENTS))[2]
+    assert "--read-only" in run
+    limits = ("--tmpfs", "--cap-drop", "--security-opt")
+    assert [run[run.index(flag) + 1] for flag in limits] == ["/tmp", "ALL", "no-new-privileges"]
+    # torch, polars and OpenMP each start a thread a core, on up to 192 of them
+    assert int(run[run.index("--pids-limit") + 1]) >= 1024
+    assert not {"--privileged", "--cap-add", "-v", "--volume", "--mount", "--pid", "--ipc"} & set(run)
+
+
 def test_a_name_with_shell_characters_stays_one_word() -> None:
     hostile = "x; shutdown -c; $(reboot) 'quoted' && true"
     lines = commands(user_data.render(**{**ARGUMENTS, "run": hostile}))

@@ -15,7 +15,10 @@ from botocore.exceptions import ClientError
 from crpbot_lib.sandbox.processes import alive
 
 GROUP = "/crpbot/training"
-RUN = "docker run --rm --gpus all --name job --network host"
+RUN = (
+    "docker run --rm --gpus all --name job --network host "
+    "--read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges --pids-limit 2048"
+)
 
 
 def awslogs(stream: str) -> str:
@@ -166,6 +169,9 @@ def test_the_last_lines_reach_cloudwatch_before_docker_returns(cloud: Any) -> No
         ("docker run -d image", "unknown flag: -d"),
         ("docker run --privileged image", "unknown flag: --privileged"),
         ("docker run --network bridge image", "network bridge not found"),
+        ("docker run --read-only=no image", "unknown flag: --read-only"),
+        ("docker run --security-opt no-new-privilege image", "knows `no-new-privileges`"),
+        ("docker run --pids-limit many image", 'invalid argument "many" for "--pids-limit" flag'),
         ("docker run", "requires at least 1 argument"),
         ("docker build .", "does not know: docker build ."),
         ("docker run --log-driver awslogs --log-opt awslogs-group=/none image", "The specified log group does not exist: /none"),
