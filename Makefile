@@ -62,8 +62,8 @@ docs: setup
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" pyproject.toml
 lock: setup
 	$(COMPILE) --all-extras -o requirements/environment.lock
-	$(COMPILE) --extra torch -c requirements/environment.lock -o requirements/training.lock
-	$(COMPILE) --extra torch --extra data --extra cli --extra airflow --extra sandbox -c requirements/environment.lock -o requirements/airflow.lock
+	$(COMPILE) --extra torch --extra training -c requirements/environment.lock -o requirements/training.lock
+	$(COMPILE) --extra torch --extra training --extra data --extra cli --extra airflow --extra sandbox -c requirements/environment.lock -o requirements/airflow.lock
 
 clean:
 	rm -rf $(VENV) .crpbot build *.egg-info infra/node_modules

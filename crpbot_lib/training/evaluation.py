@@ -7,7 +7,7 @@ intervals are ours to get right (``bootstrap``). Where a figure cannot be had it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -147,18 +147,19 @@ def evaluate(test: Scores, validation: Scores, horizon: int, train_base_rate: fl
         "effective_n": effective,
         "base_rate": base_rate,
         "majority_accuracy": max(base_rate, 1 - base_rate),
-        **_bounded("accuracy", hits, at, horizon, level),
+        **bounded("accuracy", hits, at, horizon, level),
         "accuracy_se": sqrt(max(accuracy * (1 - accuracy), 1 / effective / 4) / effective),
         "log_loss": float(losses.mean()),
         "base_log_loss": float(base_losses.mean()),
-        **_bounded("log_loss_gain", base_losses - losses, at, horizon, level),
+        **bounded("log_loss_gain", base_losses - losses, at, horizon, level),
         "brier": float(np.mean((test.probabilities() - test.labels) ** 2)),
         "base_brier": float(np.mean((train_base_rate - test.labels) ** 2)),
         "validation_accuracy": float(validation.hits.mean()),
         "validation_log_loss": float(validation.losses().mean()),
+        "validation_base_log_loss": float(-np.log(np.where(validation.up, train_base_rate, 1 - train_base_rate)).mean()),
     }
     try:
-        figures |= _bounded("auc", auc(test)[1], at, horizon, level)
+        figures |= bounded("auc", auc(test)[1], at, horizon, level)
     except ValueError as none:
         figures |= {"auc": None, "auc_low": None, "auc_high": None, "auc_note": str(none)}
     try:
@@ -188,7 +189,7 @@ def _verdict(test: Scores, horizon: int, level: float) -> dict[str, Any]:
     least = min(gains, key=lambda gain: gain.low)
     skill = least.low > 0
     points = f"{100 * least.value:.1f} points of accuracy ({100 * least.low:.1f} to {100 * least.high:.1f} at {100 * level:g} %)"
-    words = f"better than the base rate by {points}" if skill else f"no skill shown: {points} over the base rate"
+    words = f"better than the base rate by {points}" if skill else f"no skill shown: {points} against the base rate"
     return {"gain": least.value, "gain_low": least.low, "gain_high": least.high, "skill": skill, "verdict": words}
 
 
@@ -200,7 +201,7 @@ def _one_side(scores: Scores) -> str:
     return f"the price went {_SIDES[bool(scores.up[0])]} after all {len(scores):,} windows"
 
 
-def _bounded(name: str, values: Values, timestamps: Ints, horizon: int, level: float = LEVEL) -> dict[str, Any]:
+def bounded(name: str, values: Values, timestamps: Ints, horizon: int, level: float = LEVEL) -> dict[str, Any]:
     """``name`` with ``_low``, ``_high`` and ``_note``: the mean of ``values`` with its interval, or why there is none."""
     try:
         of = interval(values, timestamps, horizon, level)
@@ -219,24 +220,23 @@ def calibration(test: Scores, temperature: float | None, horizon: int) -> list[d
     for b in np.unique(bin_of):
         own = test.at(bin_of == b)
         scaled = None if temperature is None else float(own.probabilities(temperature).mean())
-        up = _bounded("share_up", own.labels.astype(np.float64), own.timestamps, horizon)
+        up = bounded("share_up", own.labels.astype(np.float64), own.timestamps, horizon)
         rows.append({"windows": len(own), "probability": float(own.probabilities().mean()), "calibrated": scaled, **up})
     return rows
 
 
-def by_part(test: Scores, parts: Iterable[Any], horizon: int) -> dict[str, dict[str, Any]]:
-    """Accuracy with its interval, log loss and share of UP of each part of the test anchors; ``parts`` names every anchor's."""
-    named = np.asarray(parts, dtype=str)
-    result = {}
-    for part in np.unique(named):
-        own = test.at(named == part)
-        result[str(part)] = {
-            "windows": len(own),
-            "base_rate": float(own.up.mean()),
-            **_bounded("accuracy", own.hits, own.timestamps, horizon),
-            "log_loss": float(own.losses().mean()),
-        }
-    return result
+def by_part(test: Scores, parts: Sequence[str], of_each: npt.NDArray[np.str_], horizon: int) -> list[dict[str, Any]]:
+    """Accuracy with its interval, log loss and share of UP of each of ``parts`` that the test anchors have; ``of_each`` names every
+    anchor's."""
+    rows = []
+    for part in parts:
+        if not (chosen := of_each == part).any():
+            continue
+        own = test.at(chosen)
+        accuracy = bounded("accuracy", own.hits, own.timestamps, horizon)
+        figures = {"windows": len(own), "base_rate": float(own.up.mean()), "log_loss": float(own.losses().mean())}
+        rows.append({"part": part, **figures, **accuracy})
+    return rows
 
 
 def months(timestamps: Ints) -> npt.NDArray[np.str_]:
@@ -245,18 +245,18 @@ def months(timestamps: Ints) -> npt.NDArray[np.str_]:
 
 
 def rolling_accuracy(test: Scores, horizon: int) -> dict[str, Any]:
-    """The accuracy over windows of ``minutes``, a day or a tenth of the test rows' time whichever is longer, that end at up to
-    ``ROLLING_POINTS`` times; without bounds where so short a time carries no interval."""
+    """The accuracy over windows of ``minutes`` that end at up to ``ROLLING_POINTS`` times; without bounds where so short a time
+    carries no interval. ``minutes``: a day, or a tenth of the test rows' time where that is longer, or half where that is shorter."""
     minute = (test.timestamps - test.timestamps[0]) // _MINUTE_US
     last = int(minute[-1])
-    width = min(max(_DAY_MINUTES, last // 10), last + 1)
+    width = max(min(_DAY_MINUTES, (last + 1) // 2), last // 10, 1)
     points = []
     for end in np.unique(np.linspace(width, last + 1, ROLLING_POINTS).astype(np.int64)):
         first, stop = np.searchsorted(minute, [end - width, end])
         if stop - first < horizon:
             continue
         own = test.at(np.arange(first, stop))
-        bounds = _bounded("accuracy", own.hits, own.timestamps, horizon)
+        bounds = bounded("accuracy", own.hits, own.timestamps, horizon)
         at = (test.timestamps[0] + int(end) * _MINUTE_US).astype("datetime64[us]").astype("datetime64[s]")
         points.append({"end": f"{at}Z", "windows": len(own), **bounds})
     return {"minutes": width, "points": points}
@@ -283,7 +283,7 @@ def back_test(test: Scores, moves: Values, fee_bps: float, horizon: int) -> dict
         "fee_bps_per_order": fee_bps,
         "trades": len(chosen),
         "gross_bps": float(gross.mean()),
-        **_bounded("net_bps", net, test.timestamps[chosen], horizon),
+        **bounded("net_bps", net, test.timestamps[chosen], horizon),
         "break_even_fee_bps_per_order": float(gross.mean()) / 2,
         "share_of_trades_above_their_fees": float((net > 0).mean()),
     }

@@ -200,14 +200,14 @@ def test_equal_scores_stay_in_one_bin() -> None:
 
 def test_each_month_and_each_regime_has_its_own_interval_or_says_why_not() -> None:
     rng = np.random.default_rng(0)
-    april = -np.arange(3000, 0, -1)
-    both = scores(rng.normal(0, 1, 3100), rng.random(3100) < 0.5, np.concatenate([april + 5 * -1440 + 1440, np.arange(100)]))
-    parts = by_part(both, months(both.timestamps), HORIZON)
+    minutes = np.concatenate([np.arange(-4 * 1440 - 3000, -4 * 1440), np.arange(100)])
+    both = scores(rng.normal(0, 1, 3100), rng.random(3100) < 0.5, minutes)
+    april, may = by_part(both, ["2025-04", "2025-05", "2025-06"], months(both.timestamps), HORIZON)
 
-    assert {name: part["windows"] for name, part in parts.items()} == {"2025-04": 3000, "2025-05": 100}
-    assert parts["2025-04"]["accuracy_low"] < 0.5 < parts["2025-04"]["accuracy_high"]
-    assert parts["2025-05"]["accuracy_low"] is None
-    assert parts["2025-05"]["accuracy_note"].startswith("too few windows")
+    assert (april["part"], april["windows"], may["part"], may["windows"]) == ("2025-04", 3000, "2025-05", 100)
+    assert april["accuracy_low"] < 0.5 < april["accuracy_high"]
+    assert may["accuracy_low"] is None
+    assert may["accuracy_note"].startswith("too few windows")
 
 
 def test_the_rolling_accuracy_follows_a_skill_that_ends() -> None:
