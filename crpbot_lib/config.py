@@ -97,11 +97,18 @@ class TrainingSettings(_Model):
     """Days before the run's day that a scheduled retraining learns from."""
     smoke: bool = False
     """Marks the job as a smoke run: few steps, a small model, allowed without a GPU. Never a real model."""
+    synthetic: bool = False
+    """Whether the market data is generated: the run's report and plots then say SYNTHETIC."""
+    fee_bps_per_order: float = Field(default=10.0, ge=0)
+    """What the report's back-test pays for each order, in basis points of the price. Information only."""
 
 
 class PromotionSettings(_Model):
     allow_smoke: bool = False
     """Whether a smoke model may be promoted (to the dry run). Only a demonstration sets it; live mode refuses it always."""
+    allow_without_skill: bool = False
+    """Whether a model may be promoted of which its test rows show no skill, or cannot tell. Of a smoke model ``allow_smoke``
+    alone decides."""
     dry_run_iterations: int = Field(default=5, ge=1)
 
 

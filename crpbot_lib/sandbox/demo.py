@@ -122,6 +122,7 @@ class Demo:
             else:
                 data = cloud["data"]
                 self.say(f"data: {data['kind']}" + (f", from {data['folder']}" if data["folder"] else ""))
+            env["CRPBOT_TRAINING__SYNTHETIC"] = str(cloud["data"]["kind"] != "real").lower()
             env["CRPBOT_RUNTIME__AS_OF"] = self._as_of(days).isoformat()
             # this process reads the lake and asks EC2 itself, for the summary; the caller's AWS settings must not lead it astray
             for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -297,10 +298,10 @@ class Demo:
         table = Table(
             "model",
             "train windows",
-            "validation",
+            "test windows",
             "accuracy",
-            "± s.e.",
-            "base rate",
+            "95 % interval",
+            "commoner side",
             "log loss",
             "seconds",
             title=f"{mark}training",
@@ -310,10 +311,10 @@ class Demo:
             table.add_row(
                 f"{mark}{symbol}",
                 f"{m['train_windows']:,}",
-                f"{m['validation_windows']:,}",
+                f"{m['test_windows']:,}",
                 f"{m['accuracy']:.3f}",
-                f"{m['accuracy_se']:.3f}",
-                f"{m['base_rate']:.3f}",
+                "none" if m["accuracy_low"] is None else f"{m['accuracy_low']:.3f}-{m['accuracy_high']:.3f}",
+                f"{m['majority_accuracy']:.3f}",
                 f"{m['log_loss']:.4f}",
                 f"{m['seconds']:.1f}",
             )

@@ -72,6 +72,10 @@ class JobSpec(_Model):
     smoke: bool
     train: TrainConfig
     image: str
+    synthetic: bool = False
+    """Whether the market data is generated; what is shown of the models then says so."""
+    fee_bps_per_order: float = Field(default=10.0, ge=0)
+    """Of the report's back-test, in basis points of the price."""
 
     @model_validator(mode="after")
     def _complete(self) -> JobSpec:

@@ -246,7 +246,10 @@ def months(timestamps: Ints) -> npt.NDArray[np.str_]:
 
 def rolling_accuracy(test: Scores, horizon: int) -> dict[str, Any]:
     """The accuracy over windows of ``minutes`` that end at up to ``ROLLING_POINTS`` times; without bounds where so short a time
-    carries no interval. ``minutes``: a day, or a tenth of the test rows' time where that is longer, or half where that is shorter."""
+    carries no interval.
+
+    ``minutes``: a day, or a tenth of the test rows' time where that is longer, or half of it where that is shorter.
+    """
     minute = (test.timestamps - test.timestamps[0]) // _MINUTE_US
     last = int(minute[-1])
     width = max(min(_DAY_MINUTES, (last + 1) // 2), last // 10, 1)
