@@ -122,7 +122,6 @@ class Demo:
             else:
                 data = cloud["data"]
                 self.say(f"data: {data['kind']}" + (f", from {data['folder']}" if data["folder"] else ""))
-            env["CRPBOT_TRAINING__SYNTHETIC"] = str(cloud["data"]["kind"] != "real").lower()
             env["CRPBOT_RUNTIME__AS_OF"] = self._as_of(days).isoformat()
             # this process reads the lake and asks EC2 itself, for the summary; the caller's AWS settings must not lead it astray
             for name in [name for name in os.environ if name.startswith("AWS_")]:

@@ -32,7 +32,7 @@ class Scorer:
     def __call__(self, anchors: Ints, donors: Ints, columns: Sequence[int]) -> Floats:
         """Logits of UP at ``anchors``; ``columns`` of each window come from the window of the donor at its place."""
         found = []
-        own, other = (torch.from_numpy(of).to(self._values.device).split(_BATCH) for of in (anchors, donors))
+        own, other = (torch.split(torch.from_numpy(of).to(self._values.device), _BATCH) for of in (anchors, donors))
         taken = torch.tensor(columns, dtype=torch.long, device=self._values.device)
         with torch.inference_mode():
             for at, donor in zip(own, other, strict=True):
