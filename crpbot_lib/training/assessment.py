@@ -47,11 +47,12 @@ def assess(
     groups = {group: [i for i, name in enumerate(names) if group_of.get(name) == group] for group in ALL_GROUPS}
     scorer = Scorer(data, spec.train, trained.weights, device, notices)
     return figures, {
-        "history": trained.history,
         "calibration": evaluation.calibration(test, figures["temperature"], horizon),
         "rolling_accuracy": evaluation.rolling_accuracy(test, horizon),
         "regimes": evaluation.by_part(test, REGIMES, regimes, horizon),
         "months": evaluation.by_part(test, np.unique(months).tolist(), months, horizon),
         "importance": importance(scorer, data.test, at, data.labels, {g: c for g, c in groups.items() if c}, horizon),
-        "back_test": evaluation.back_test(test, data.close[data.test + horizon] / data.close[data.test] - 1, spec.fee_bps_per_order, horizon),
+        "back_test": evaluation.back_test(
+            test, data.close[data.test + horizon] / data.close[data.test] - 1, spec.fee_bps_per_order, horizon
+        ),
     }

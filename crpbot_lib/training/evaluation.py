@@ -142,6 +142,7 @@ def evaluate(test: Scores, validation: Scores, horizon: int, train_base_rate: fl
     base_losses = -np.log(np.where(up, train_base_rate, 1 - train_base_rate))
     figures: dict[str, Any] = {
         "level": level,
+        "train_base_rate": train_base_rate,
         "test_windows": n,
         "validation_windows": len(validation),
         "effective_n": effective,

@@ -76,7 +76,8 @@ def _rolling(axes: Axes, metrics: Mapping[str, Any], evaluation: Mapping[str, An
     points = evaluation["rolling_accuracy"]["points"]
     ends = np.array([point["end"].removesuffix("Z") for point in points], dtype="datetime64[s]")
     low, high = (np.array([point[bound] for point in points], dtype=float) for bound in ("accuracy_low", "accuracy_high"))
-    axes.fill_between(ends, low, high, color=MAIN, alpha=0.2, linewidth=0, label=f"{100 * metrics['level']:g} % interval")
+    if not np.isnan(low).all():
+        axes.fill_between(ends, low, high, color=MAIN, alpha=0.2, linewidth=0, label=f"{100 * metrics['level']:g} % interval")
     axes.plot(ends, [point["accuracy"] for point in points], color=MAIN, linewidth=1.4, label="accuracy")
     axes.axhline(metrics["majority_accuracy"], color=FAINT, linestyle="--", linewidth=1, label="the commoner side, always")
     locator = AutoDateLocator(minticks=3, maxticks=7)
