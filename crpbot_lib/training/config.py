@@ -30,13 +30,23 @@ class TrainConfig(_Model):
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
     gradient_clip: float = Field(default=1.0, gt=0)
-    validation_fraction: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the rows, the latest ones, that training never sees."""
+    validation_fraction: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the rows, after the training's and before the test's: for choices and calibration."""
+    test_fraction: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the rows, the latest ones: for the final judgement only."""
     embargo: int = Field(default=60, ge=0)
-    """Minutes after the split of which no validation window may hold a row."""
+    """Minutes after each of the two borders of which no window of the later side may hold a row."""
     scaler_clip: float = Field(default=10.0, gt=0)
     """Scaled values are cut at +-this: a level never seen in training (a new high) must not saturate the network."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _rows_to_train_on(self) -> TrainConfig:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"validation_fraction {self.validation_fraction} and test_fraction {self.test_fraction} leave no rows to train on"
+            )
+        return self
 
     @classmethod
     def for_smoke(cls) -> TrainConfig:

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 from pydantic import ValidationError
 
@@ -197,17 +198,20 @@ def _train_symbol(
     data = dataset.build(symbol, frame, expected.names, spec.train, filled)
     log.info("%s: Numeric features selected: %d", symbol, data.values.shape[1])
     log.info(
-        "%s: %s training and %s validation windows, split at %s; %s",
+        "%s: %s training, %s validation and %s test windows, split at %s and %s; %s",
         symbol,
         f"{len(data.train):,}",
         f"{len(data.validation):,}",
+        f"{len(data.test):,}",
         data.split,
+        data.test_split,
         ", ".join(f"{name} {count:,}" for name, count in data.counts.items()),
     )
     notices.check()
     trained = train(symbol, data, spec.train, device, log, report, save, notices, checkpoints.newest())
     base_rate = float(data.labels[data.train].mean())
-    scores = evaluation.evaluate(trained.validation, data.labels[data.validation], spec.train.horizon, base_rate)
+    probability = (1 / (1 + np.exp(-trained.validation_logits))).astype(np.float32)
+    scores = evaluation.evaluate(probability, data.labels[data.validation], spec.train.horizon, base_rate)
     checkpoint = Checkpoint(
         symbol=symbol,
         run=spec.run,
@@ -238,6 +242,7 @@ def _train_symbol(
         "train_windows": len(data.train),
         "train_base_rate": base_rate,
         "split": data.split,
+        "test_split": data.test_split,
         **data.counts,
         **scores,
     }

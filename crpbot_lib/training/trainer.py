@@ -9,7 +9,7 @@ fixed order.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from crpbot_lib.training.config import TrainConfig
-from crpbot_lib.training.dataset import Dataset, Floats
+from crpbot_lib.training.dataset import Dataset, Floats, Ints
 from crpbot_lib.training.errors import PermanentTrainingError
 from crpbot_lib.training.model import PriceLSTM
 from crpbot_lib.training.notices import Notices
@@ -65,11 +65,13 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Trained:
-    """The weights after the last step (no epoch is picked by its validation score, so validation stays untouched)."""
+    """The weights after the last step (no epoch is picked by its validation score)."""
 
     weights: dict[str, Tensor]
-    validation: Floats
-    """Probability of UP per validation anchor."""
+    validation_logits: Floats
+    """Per validation anchor."""
+    test_logits: Floats
+    """Per test anchor."""
     steps: int
     epochs: int
     train_loss: float
@@ -169,12 +171,13 @@ def train(
                 # only here: whatever ends the training, this step is kept
                 notices.check()
 
-    probability = np.concatenate(list(_predict(network, values, data, offsets, notices)))
-    if not np.isfinite(probability).all():
-        raise PermanentTrainingError(f"{symbol}: the trained network gives NaN on validation rows; the model diverged")
+    validation, test = (_logits(network, values, side, offsets, notices) for side in (data.validation, data.test))
+    if not (np.isfinite(validation).all() and np.isfinite(test).all()):
+        raise PermanentTrainingError(f"{symbol}: the trained network gives NaN on later rows; the model diverged")
     return Trained(
         weights={name: tensor.detach().cpu() for name, tensor in network.state_dict().items()},
-        validation=probability,
+        validation_logits=validation,
+        test_logits=test,
         steps=step,
         epochs=-(-step // per_epoch),
         train_loss=_mean(symbol, loss_sum, step, per_epoch),
@@ -207,9 +210,12 @@ def _line(log: ModelLog, symbol: str, at: Progress, seconds: float) -> None:
     )
 
 
-def _predict(network: PriceLSTM, values: Tensor, data: Dataset, offsets: Tensor, notices: Notices) -> Iterator[Floats]:
+def _logits(network: PriceLSTM, values: Tensor, anchors: Ints, offsets: Tensor, notices: Notices) -> Floats:
     network.eval()
+    found: list[Tensor] = []
     with torch.inference_mode():
-        for batch in torch.split(torch.from_numpy(data.validation).to(values.device), _EVALUATION_BATCH):
+        for batch in torch.split(torch.from_numpy(anchors).to(values.device), _EVALUATION_BATCH):
             notices.check()
-            yield torch.sigmoid(network(values[batch[:, None] + offsets])).cpu().numpy()
+            found.append(network(values[batch[:, None] + offsets]))
+        logits: Floats = torch.cat(found).cpu().numpy()
+    return logits

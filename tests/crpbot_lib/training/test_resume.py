@@ -45,7 +45,19 @@ def data() -> Dataset:
     values = rng.normal(size=(200, 3)).astype(np.float32)
     anchors = np.arange(5, 195)
     scaler = Scaler(np.zeros(3, np.float32), np.ones(3, np.float32), 10.0)
-    return Dataset(values, (values[:, 0] > 0).astype(np.float32), anchors[:145], anchors[150:], scaler, {}, "later")
+    return Dataset(
+        values=values,
+        labels=(values[:, 0] > 0).astype(np.float32),
+        timestamps=np.arange(200) * 60_000_000,
+        close=np.ones(200),
+        train=anchors[:145],
+        validation=anchors[150:170],
+        test=anchors[170:],
+        scaler=scaler,
+        counts={},
+        split="later",
+        test_split="last",
+    )
 
 
 class Loop:
@@ -96,7 +108,8 @@ def assert_same(trained: Trained, expected: Trained) -> None:
     assert trained.weights.keys() == expected.weights.keys()
     for name, tensor in expected.weights.items():
         assert torch.equal(trained.weights[name], tensor), name
-    assert np.array_equal(trained.validation, expected.validation)
+    assert np.array_equal(trained.validation_logits, expected.validation_logits)
+    assert np.array_equal(trained.test_logits, expected.test_logits)
     assert (trained.steps, trained.epochs, trained.train_loss) == (expected.steps, expected.epochs, expected.train_loss)
 
 
