@@ -15,17 +15,16 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
 from pydantic import ValidationError
 
 from crpbot_lib.lake import KeyMissingError, Lake, keys
-from crpbot_lib.training import dataset, evaluation
+from crpbot_lib.training import dataset
 from crpbot_lib.training.config import FeatureFile, JobSpec
 from crpbot_lib.training.errors import PermanentTrainingError
 from crpbot_lib.training.notices import Interrupted, Notices
 from crpbot_lib.training.smoke import ModelLog
-from crpbot_lib.training.spec import read_status
+from crpbot_lib.training.spec import accuracy_words, read_status
 from crpbot_lib.training.status import HEARTBEAT_SECONDS, StatusFile
 
 if TYPE_CHECKING:
@@ -81,6 +80,7 @@ def read_spec(lake: Lake, run_id: str) -> JobSpec:
 
 
 def _train_all(lake: Lake, spec: JobSpec, generation: int, since: int, status: StatusFile, log: ModelLog, notices: Notices) -> None:
+    from crpbot_lib.training.report import write_report
     from crpbot_lib.training.resume import Checkpoints
 
     started = time.monotonic()
@@ -98,6 +98,10 @@ def _train_all(lake: Lake, spec: JobSpec, generation: int, since: int, status: S
             metrics = _train_symbol(lake, spec, symbol, generation, device, gpu, checkpoints, status, log, notices)
         status.symbol(symbol, state="succeeded", accuracy=metrics["accuracy"], seconds=metrics["seconds"])
     log.info("run %s: %d models in %.1f s", spec.run, len(spec.symbols), time.monotonic() - started)
+    try:
+        write_report(lake, spec)
+    except Exception as error:  # the models are trained and paid for; the page can be made from what the lake holds at any time
+        log.exception("run %s: no report: %s: %s", spec.run, type(error).__name__, error)
 
 
 def select_device(smoke: bool, log: ModelLog) -> tuple[torch.device, str | None]:
@@ -178,11 +182,15 @@ def _train_symbol(
     log: ModelLog,
     notices: Notices,
 ) -> dict[str, Any]:
+    from crpbot_lib.training.assessment import assess
     from crpbot_lib.training.checkpoint import Checkpoint
     from crpbot_lib.training.resume import identity
     from crpbot_lib.training.trainer import Progress, Snapshot, train
 
+    losses: dict[int, float] = {}
+
     def report(progress: Progress) -> None:
+        losses[progress.epoch] = progress.loss
         status.symbol(symbol, **asdict(progress))
 
     def save(snapshot: Snapshot, epoch: int) -> None:
@@ -209,9 +217,7 @@ def _train_symbol(
     )
     notices.check()
     trained = train(symbol, data, spec.train, device, log, report, save, notices, checkpoints.newest())
-    base_rate = float(data.labels[data.train].mean())
-    probability = (1 / (1 + np.exp(-trained.validation_logits))).astype(np.float32)
-    scores = evaluation.evaluate(probability, data.labels[data.validation], spec.train.horizon, base_rate)
+    figures, evaluation = assess(spec, symbol, frame, data, trained, device, notices)
     checkpoint = Checkpoint(
         symbol=symbol,
         run=spec.run,
@@ -240,26 +246,25 @@ def _train_symbol(
         "epochs": trained.epochs,
         "train_loss": trained.train_loss,
         "train_windows": len(data.train),
-        "train_base_rate": base_rate,
         "split": data.split,
         "test_split": data.test_split,
         **data.counts,
-        **scores,
+        **figures,
     }
     lake.write(keys.run_symbol(spec.run, symbol, "model.pt"), content)
+    # of the epochs that this process had a part in
+    evaluation["history"] = [{"epoch": epoch, "train_loss": loss} for epoch, loss in losses.items()]
+    lake.write_json(keys.run_symbol(spec.run, symbol, "evaluation.json"), evaluation)
+    # last: they say that the model is finished
     lake.write_json(keys.run_symbol(spec.run, symbol, "metrics.json"), metrics)
     log.info(
-        "%s: accuracy %.3f +- %.3f on later rows (commoner side %.3f, n %s, effective %s), log loss %.4f (base %.4f); "
-        "checkpoint input_size %d, %s bytes",
+        "%s: accuracy %s on the test rows, %s windows, about %s independent; checkpoint input_size %d, %s bytes",
         symbol,
-        scores["accuracy"],
-        scores["accuracy_se"],
-        scores["majority_accuracy"],
-        f"{scores['validation_windows']:,}",
-        f"{scores['effective_n']:,}",
-        scores["log_loss"],
-        scores["base_log_loss"],
+        accuracy_words(metrics),
+        f"{metrics['test_windows']:,}",
+        f"{metrics['effective_n']:,}",
         checkpoint.input_size,
         f"{len(content):,}",
     )
+    log.info("%s: %s", symbol, metrics["verdict"])
     return metrics

@@ -65,7 +65,7 @@ def _calibration(axes: Axes, metrics: Mapping[str, Any], evaluation: Mapping[str
         if row["share_up_low"] is not None:
             axes.vlines(row["probability"], row["share_up_low"], row["share_up_high"], color=MAIN, linewidth=1.2, alpha=0.5)
     axes.plot(said, came, "o", color=MAIN, markersize=4.5, label=f"as said, {100 * metrics['level']:g} % interval")
-    if curve[0]["calibrated"] is not None:
+    if metrics["temperature"] is not None:
         scaled = [row["calibrated"] for row in curve]
         label = f"at temperature {metrics['temperature']:.2f}"
         axes.plot(scaled, came, "o", markerfacecolor="none", color=OTHER, markersize=4.5, label=label)

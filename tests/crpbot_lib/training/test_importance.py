@@ -79,7 +79,10 @@ def scorer() -> Scorer:
     values = np.random.default_rng(0).normal(0, 1, (300, 4)).astype(np.float32)
     none = np.empty(0, dtype=np.int64)
     scaler = Scaler(np.zeros(4, np.float32), np.ones(4, np.float32), 10)
-    data = Dataset(values, np.zeros(300, np.float32), none, none, scaler, {}, "2025-05-05")
+    data = Dataset(
+        **{"values": values, "labels": np.zeros(300, np.float32), "timestamps": np.arange(300) * MINUTE_US, "close": np.ones(300)},
+        **{"train": none, "validation": none, "test": none, "scaler": scaler, "counts": {}, "split": "", "test_split": ""},
+    )
     return Scorer(data, config, PriceLSTM(4, config).state_dict(), torch.device("cpu"), Notices())
 
 

@@ -48,8 +48,11 @@ def test_a_smoke_run_leaves_models_metrics_and_a_status(trained_lake: Any) -> No
         assert metrics["smoke"] is True
         assert metrics["seconds"] > 0
         assert 0 <= metrics["accuracy"] <= 1
-        assert metrics["effective_n"] == metrics["validation_windows"] // 15
+        assert metrics["effective_n"] == metrics["test_windows"] // 15
         assert metrics["accuracy_se"] > 0.02, "some 34 independent labels cannot be more certain"
+        assert metrics["accuracy_low"] + 0.1 < metrics["accuracy"] < metrics["accuracy_high"] - 0.1
+        assert metrics["skill"] is not None
+        assert metrics["verdict"]
 
 
 def test_the_three_counts_are_one(trained_lake: Any) -> None:
