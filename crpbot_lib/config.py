@@ -101,6 +101,9 @@ class TrainingSettings(_Model):
     """Whether the market data is generated: the run's report and plots then say SYNTHETIC."""
     fee_bps_per_order: float = Field(default=10.0, ge=0)
     """What the report's back-test pays for each order, in basis points of the price. Information only."""
+    compare_features: bool = False
+    """Whether each coin is trained on the 31 base features and on the 54 with CoinGecko, too, and the report shows them side by
+    side. Triples the bill."""
 
 
 class PromotionSettings(_Model):

@@ -86,6 +86,8 @@ class JobSpec(_Model):
     """Whether the market data is generated; what is shown of the models then says so."""
     fee_bps_per_order: float = Field(default=10.0, ge=0)
     """Of the report's back-test, in basis points of the price."""
+    compare_features: bool = False
+    """Whether each coin is trained on fewer features too, to compare: up to three trainings a coin."""
 
     @model_validator(mode="after")
     def _complete(self) -> JobSpec:

@@ -217,7 +217,7 @@ def _train_symbol(
     )
     notices.check()
     trained = train(symbol, data, spec.train, device, log, report, save, notices, checkpoints.newest())
-    figures, evaluation = assess(spec, symbol, frame, data, trained, device, notices)
+    figures, evaluation = assess(spec, symbol, frame, filled, data, trained, device, log, notices)
     checkpoint = Checkpoint(
         symbol=symbol,
         run=spec.run,

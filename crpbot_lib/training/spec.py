@@ -56,6 +56,7 @@ def job_spec(settings: Settings, lake: Lake, run: str, feature_version: str, sym
         image=settings.gpu.training_image,
         synthetic=settings.training.synthetic,
         fee_bps_per_order=settings.training.fee_bps_per_order,
+        compare_features=settings.training.compare_features,
     )
 
 

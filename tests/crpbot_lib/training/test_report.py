@@ -74,6 +74,36 @@ def test_smoke_and_synthetic_are_said_wherever_it_applies(trained_lake: Any, tmp
     assert own.lake.read(keys.run_symbol(own.run, "BTC-USD", "calibration.png")) != without
 
 
+def test_on_request_the_coin_is_trained_on_fewer_features_too(
+    features_lake: Any, tmp_path: Path, respec: Callable[..., JobSpec], caplog: pytest.LogCaptureFixture
+) -> None:
+    own = features_lake.copy(tmp_path)
+    respec(own, symbols=("BTC-USD",), compare_features=True, train={"max_steps": 3})
+
+    with caplog.at_level("INFO"):
+        training_job.run(own.lake, own.run)
+
+    rows = own.lake.read_json(keys.run_symbol(own.run, "BTC-USD", "evaluation.json"))["compared"]
+    metrics = own.lake.read_json(keys.run_symbol(own.run, "BTC-USD", "metrics.json"))
+    assert [row["features"] for row in rows] == [31, 54]
+    for row in rows:
+        assert row["accuracy_lost"] == pytest.approx(metrics["accuracy"] - row["accuracy"])
+        assert row["verdict"]
+    assert metrics["input_size"] == 73
+    assert "SMOKE BTC-USD on 54 features: epoch 1/1 step 3/3" in caplog.text
+    assert "On fewer features" in page(own)
+
+
+def test_what_is_compared_is_what_the_model_has_more_of(features_lake: Any, tmp_path: Path, respec: Callable[..., JobSpec]) -> None:
+    own = features_lake.copy(tmp_path)
+    respec(own, symbols=("ETH-USD",), compare_features=True, train={"max_steps": 3})
+
+    training_job.run(own.lake, own.run)
+
+    rows = own.lake.read_json(keys.run_symbol(own.run, "ETH-USD", "evaluation.json"))["compared"]
+    assert [row["features"] for row in rows] == [31]
+
+
 def test_the_settings_say_what_is_synthetic_and_what_an_order_costs(features_lake: Any) -> None:
     settings = Settings(training=TrainingSettings(synthetic=True, fee_bps_per_order=40))
     spec = job_spec(settings, features_lake.lake, "r", features_lake.version, ["BTC-USD"], smoke=True)
