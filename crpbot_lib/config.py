@@ -50,6 +50,9 @@ class GpuCandidate(_Model):
 
     instance_type: str
     gpu: str
+    """A word of the GPU's name as CUDA tells it; the job refuses to train on another."""
+    gpu_memory_gb: float | None = None
+    """As it is sold, in 10^9 bytes; the job refuses a GPU with less than nine tenths of it. None: not checked."""
     on_demand_usd_per_hour: float
     subnet_ids: tuple[str, ...] = ()
     """Where it may be launched, each subnet in its own zone. None: the region's default subnets, one in each zone."""
@@ -60,8 +63,8 @@ class GpuSettings(_Model):
     project_tag: str = "crpbot"
     owner_tag: str = "crpbot"
     candidates: tuple[GpuCandidate, ...] = (
-        GpuCandidate(instance_type="g5.xlarge", gpu="A10G", on_demand_usd_per_hour=1.006),
-        GpuCandidate(instance_type="g4dn.xlarge", gpu="T4", on_demand_usd_per_hour=0.526),
+        GpuCandidate(instance_type="g5.xlarge", gpu="A10G", gpu_memory_gb=24, on_demand_usd_per_hour=1.006),
+        GpuCandidate(instance_type="g4dn.xlarge", gpu="T4", gpu_memory_gb=16, on_demand_usd_per_hour=0.526),
     )
     allow_on_demand: bool = False
     ami: str = "resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-amazon-linux-2023/latest/ami-id"

@@ -12,6 +12,7 @@ from crpbot_lib.training.config import TrainConfig
 from crpbot_lib.training.dataset import Dataset, Floats, Ints
 from crpbot_lib.training.model import PriceLSTM
 from crpbot_lib.training.notices import Notices
+from crpbot_lib.training.trainer import Windows
 
 _BATCH = 4096
 
@@ -22,8 +23,7 @@ class Scorer:
     def __init__(
         self, data: Dataset, config: TrainConfig, weights: dict[str, Tensor], device: torch.device, notices: Notices
     ) -> None:
-        self._values = torch.from_numpy(data.values).to(device)
-        self._offsets = torch.arange(1 - config.sequence, 1, device=device)
+        self._windows = Windows(data, config.sequence, device)
         self._notices = notices
         self._network = PriceLSTM(data.values.shape[1], config).to(device)
         self._network.load_state_dict(weights)
@@ -32,13 +32,13 @@ class Scorer:
     def __call__(self, anchors: Ints, donors: Ints, columns: Sequence[int]) -> Floats:
         """Logits of UP at ``anchors``; ``columns`` of each window come from the window of the donor at its place."""
         found = []
-        own, other = (torch.split(torch.from_numpy(of).to(self._values.device), _BATCH) for of in (anchors, donors))
-        taken = torch.tensor(columns, dtype=torch.long, device=self._values.device)
+        own, other = (torch.split(torch.from_numpy(of).to(self._windows.device), _BATCH) for of in (anchors, donors))
+        taken = torch.tensor(columns, dtype=torch.long, device=self._windows.device)
         with torch.inference_mode():
             for at, donor in zip(own, other, strict=True):
                 self._notices.check()
-                windows = self._values[at[:, None] + self._offsets]
+                rows = self._windows(at)[0]
                 if len(columns):
-                    windows[:, :, taken] = self._values[donor[:, None] + self._offsets][:, :, taken]
-                found.append(self._network(windows).cpu().numpy())
+                    rows[:, :, taken] = self._windows(donor)[0][:, :, taken]
+                found.append(self._network(rows).cpu().numpy())
         return np.concatenate(found)

@@ -8,7 +8,7 @@ from typing import Any
 
 from crpbot_lib.config import Settings
 from crpbot_lib.lake import KeyMissingError, Lake, keys
-from crpbot_lib.training.config import FeatureFile, JobSpec, TrainConfig
+from crpbot_lib.training.config import FeatureFile, Gpu, JobSpec, TrainConfig
 from crpbot_lib.training.errors import PermanentTrainingError, TrainingError
 from crpbot_lib.training.smoke import ModelLog
 
@@ -54,6 +54,7 @@ def job_spec(settings: Settings, lake: Lake, run: str, feature_version: str, sym
         smoke=smoke,
         train=TrainConfig.for_smoke() if smoke else TrainConfig(),
         image=settings.gpu.training_image,
+        gpus=tuple(Gpu(instance_type=c.instance_type, name=c.gpu, memory_gb=c.gpu_memory_gb) for c in settings.gpu.candidates),
         synthetic=settings.training.synthetic,
         fee_bps_per_order=settings.training.fee_bps_per_order,
         compare_features=settings.training.compare_features,

@@ -135,6 +135,36 @@ def test_stopped_after_every_single_step_the_weights_are_still_the_same(data: Da
     assert [step for _, step in loop.kept] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+def test_with_a_stride_the_offset_of_the_epoch_is_gone_on_with(data: Dataset, stop_at: int) -> None:
+    config = CONFIG.model_copy(update={"window_stride": 3})
+    expected = Loop(data, config).run()
+    assert expected.steps == 6
+    loop = Loop(data, config)
+    with pytest.raises(Interrupted):
+        loop.run(stop_at)
+    assert_same(loop.run(), expected)
+
+
+def test_the_loss_scale_is_gone_on_with(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as on a GPU; it grows every fourth step
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, **_: real(device, init_scale=8.0, growth_interval=4))
+
+    def scale(loop: Loop) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(io.BytesIO(loop.last), weights_only=True)["loss_scale"]
+        return state
+
+    whole, parts = Loop(data), Loop(data)
+    expected = whole.run()
+    for step in range(1, STEPS):
+        with pytest.raises(Interrupted):
+            parts.run(step)
+        assert (scale(parts)["scale"], scale(parts)["_growth_tracker"]) == (8.0 * 2 ** (step // 4), step % 4)
+    assert_same(parts.run(), expected)
+    assert scale(parts) == scale(whole)
+
+
 def test_stopped_after_the_last_step_only_the_judging_is_left(data: Dataset, uninterrupted: Trained) -> None:
     loop = Loop(data)
     with pytest.raises(Interrupted):
