@@ -61,10 +61,11 @@ def _calibration(axes: Axes, metrics: Mapping[str, Any], evaluation: Mapping[str
     said, came = [row["probability"] for row in curve], [row["share_up"] for row in curve]
     ends = (min(*said, *came), max(*said, *came))
     axes.plot(ends, ends, color=FAINT, linestyle="--", linewidth=1, label="perfect")
-    for row in curve:
-        if row["share_up_low"] is not None:
-            axes.vlines(row["probability"], row["share_up_low"], row["share_up_high"], color=MAIN, linewidth=1.2, alpha=0.5)
-    axes.plot(said, came, "o", color=MAIN, markersize=4.5, label=f"as said, {100 * metrics['level']:g} % interval")
+    known = [row for row in curve if row["share_up_low"] is not None]
+    for row in known:
+        axes.vlines(row["probability"], row["share_up_low"], row["share_up_high"], color=MAIN, linewidth=1.2, alpha=0.5)
+    interval = f", {100 * metrics['level']:g} % interval" if known else ""
+    axes.plot(said, came, "o", color=MAIN, markersize=4.5, label=f"as said{interval}")
     if metrics["temperature"] is not None:
         scaled = [row["calibrated"] for row in curve]
         label = f"at temperature {metrics['temperature']:.2f}"

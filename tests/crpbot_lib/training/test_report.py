@@ -34,6 +34,11 @@ def test_the_run_leaves_one_page_with_every_model_its_interval_and_its_verdict(t
         assert f"{100 * metrics['accuracy_low']:.1f} % to {100 * metrics['accuracy_high']:.1f} %" in text
 
 
+def test_the_runs_manifest_lists_the_page_and_what_it_is_made_of(trained_lake: Any) -> None:
+    listed = trained_lake.lake.read_json(keys.run_manifest(trained_lake.run))["files"]
+    assert {"report.html", "BTC-USD/metrics.json", "BTC-USD/evaluation.json", "BTC-USD/calibration.png"} <= set(listed)
+
+
 def test_the_page_needs_nothing_from_outside(trained_lake: Any) -> None:
     html = page(trained_lake)
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)', html) == []
