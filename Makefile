@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 export AWS_EC2_METADATA_DISABLED := true
 
-.PHONY: setup demo up test bench bench-data bench-features lint format docs lock clean
+.PHONY: setup demo up test bench bench-data bench-features bench-training lint format docs lock clean
 
 setup: $(STAMP)
 
@@ -35,7 +35,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 # What it costs, in figures: tables on the terminal. Minutes; nothing else should be running.
-bench: bench-data bench-features
+bench: bench-data bench-features bench-training
 
 bench-data: setup
 	$(BIN)/python -m benchmarks.limiter
@@ -43,6 +43,10 @@ bench-data: setup
 
 bench-features: setup
 	$(BIN)/python -m benchmarks.features
+
+# On a machine with a GPU also what a model costs there; python -m benchmarks.training --help has the sizes.
+bench-training: setup
+	$(BIN)/python -m benchmarks.training
 
 lint: setup
 	$(BIN)/ruff check .

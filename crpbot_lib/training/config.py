@@ -45,7 +45,7 @@ class TrainConfig(_Model):
     """Minutes after each of the two borders of which no window of the later side may hold a row."""
     scaler_clip: float = Field(default=10.0, gt=0)
     """Scaled values are cut at +-this: a level never seen in training (a new high) must not saturate the network."""
-    window_stride: int = Field(default=1, ge=1)
+    window_stride: int = Field(default=5, ge=1)
     """Each epoch takes every so many-th window, from an offset drawn anew: windows of neighbouring minutes are nearly the same."""
     mixed_precision: bool = True
     """On a GPU the LSTM computes in float16 with the loss scaled; weights and optimiser stay float32. A CPU computes in float32."""

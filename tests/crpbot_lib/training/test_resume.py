@@ -33,7 +33,7 @@ LONG = {"max_steps": None, "epochs": EPOCHS, "layers": 2, "dropout": 0.3}
 
 # --- the loop ----------------------------------------------------------------------------------------------------------------
 
-CONFIG = TrainConfig(sequence=6, layers=2, hidden=4, dropout=0.3, epochs=3, batch_size=32)
+CONFIG = TrainConfig(sequence=6, layers=2, hidden=4, dropout=0.3, epochs=3, batch_size=32, window_stride=1)
 PER_EPOCH = 5
 STEPS = 3 * PER_EPOCH
 

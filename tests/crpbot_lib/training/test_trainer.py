@@ -18,7 +18,7 @@ from crpbot_lib.training.smoke import ModelLog
 from crpbot_lib.training.trainer import Progress, Snapshot, Windows, train
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(sequence=12, layers=2, hidden=8, dropout=0.0, epochs=1, batch_size=512, gradient_clip=1e9)
+CONFIG = TrainConfig(sequence=12, layers=2, hidden=8, dropout=0, epochs=1, batch_size=512, gradient_clip=1e9, window_stride=1)
 
 
 @pytest.fixture(scope="module")
