@@ -28,7 +28,7 @@ MINUTES, LEAD, HORIZON = 36_000, 100, 15
 NAMES = ("momentum_5", "momentum_15", "momentum_60", "volatility", "signal")
 CONFIG = TrainConfig(
     **{"sequence": 5, "horizon": HORIZON, "layers": 1, "hidden": 8, "bidirectional": False, "dropout": 0.0},
-    **{"epochs": 3, "batch_size": 256, "learning_rate": 5e-3, "validation_fraction": 0.1, "test_fraction": 0.4},
+    **{"epochs": 3, "batch_size": 256, "window_stride": 1, "learning_rate": 5e-3, "validation_fraction": 0.1, "test_fraction": 0.4},
 )
 STRENGTH = 0.1
 """Standard deviations of a minute's return that the signal moves it by: its sign is then right in 60 % of the windows."""
