@@ -7,6 +7,8 @@
   way is a loop over samples. On a GPU also what float16 changes.
 * Model, on a GPU alone: samples a second, and seconds and dollars of a whole model, from some of its steps; the plain loop
   (``DataLoader``, batch 32, float32) beside it in the same process; and the log loss of both after as many samples, fewer of them.
+* ``--strides 1 5 15``, instead of all that: what training on every so many-th window does to the log loss of later rows. A small
+  network on a CPU, the same number of epochs for each, several seeds; with ``--features`` on real markets.
 
 The data is SYNTHETIC (random rows, labels that follow from them with noise), or the newest rows of ``--features``.
 """
@@ -54,7 +56,7 @@ LOG = ModelLog(logging.getLogger(__name__), smoke=True)
 def synthetic(windows: int, config: TrainConfig, seed: int = 6) -> Dataset:
     """A symbol with about so many training windows. Each label follows from the means of five features over the last ten rows,
     and from noise of the same size."""
-    rows = int(windows / (1 - config.validation_fraction - config.test_fraction)) + 3 * (config.sequence + config.horizon)
+    rows = _rows(windows, config)
     rng = np.random.default_rng(seed)
     values = rng.standard_normal((rows, FEATURES), dtype=np.float32)
     means = np.lib.stride_tricks.sliding_window_view(values[:, :5].sum(axis=1), 10).mean(axis=1)
@@ -76,12 +78,16 @@ def _carried(moves: np.ndarray[Any, np.dtype[np.float64]], horizon: int) -> np.n
     return path[: len(moves)]
 
 
-def from_file(path: Path, windows: int, config: TrainConfig) -> Dataset:
-    """The newest rows of a features file, about ``windows`` training windows."""
+def from_file(path: Path, windows: int | None, config: TrainConfig) -> Dataset:
+    """The newest rows of a features file, about ``windows`` training windows (None: all)."""
     frame = pl.read_parquet(path)
-    rows = int(windows / (1 - config.validation_fraction - config.test_fraction)) + 3 * (config.sequence + config.horizon)
     names = tuple(c for c in frame.columns if c not in EXCLUDED)
-    return dataset.build(path.stem, frame.tail(rows), names, config, [])
+    return dataset.build(path.stem, frame if windows is None else frame.tail(_rows(windows, config)), names, config, [])
+
+
+def _rows(windows: int, config: TrainConfig) -> int:
+    """How many rows have about so many training windows."""
+    return int(windows / (1 - config.validation_fraction - config.test_fraction)) + 3 * (config.sequence + config.horizon)
 
 
 class Samples(SampleDataset[tuple[Tensor, Tensor]]):
@@ -323,6 +329,28 @@ def measure_model(options: argparse.Namespace, device: torch.device, config: Tra
     return speed, quality
 
 
+def compare_strides(data: Dataset, strides: list[int], seeds: int) -> list[Row]:
+    """Log loss on validation and test for each stride: the mean over the seeds, and how far apart the seeds are."""
+    torch.set_num_threads(1)
+    small = TrainConfig(layers=1, hidden=16, dropout=0.2, epochs=5, batch_size=256)
+    base = float(data.labels[data.train].mean())
+    parts = {"validation": data.labels[data.validation], "test": data.labels[data.test]}
+    always = {name: log_loss(np.full(len(y), np.log(base / (1 - base)), dtype=np.float32), y) for name, y in parts.items()}
+    rows: list[Row] = [{"stride": "always the base rate", "steps": 0, "cpu s": 0.0}]
+    for name in parts:
+        rows[0] |= {name: always[name], f"{name}, seeds": 0.0}
+    for stride in strides:
+        began, trained = time.process_time(), []
+        for seed in range(seeds):
+            trained.append(run(data, small.model_copy(update={"window_stride": stride, "seed": seed}), torch.device("cpu")))
+        row: Row = {"stride": str(stride), "steps": trained[0].steps, "cpu s": (time.process_time() - began) / seeds}
+        for name, y in parts.items():
+            losses = [log_loss(t.validation_logits if name == "validation" else t.test_logits, y) for t in trained]
+            row |= {name: statistics.mean(losses), f"{name}, seeds": max(losses) - min(losses)}
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
     add = parser.add_argument
@@ -337,6 +365,8 @@ def main() -> None:
     add("--quality-epochs", type=int, default=2)
     add("--usd-per-hour", type=float, default=0.30, help="of the machine; the default is a g5.xlarge's spot price")
     add("--cpu-trial", action="store_true", help="the model's part on a CPU, with a tiny network: only to see that it works")
+    add("--strides", type=int, nargs="+", help="only compare these strides between windows")
+    add("--seeds", type=int, default=2, help="for each stride")
     add("--json", action="store_true")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     add("--loader", help=argparse.SUPPRESS)
@@ -351,6 +381,11 @@ def main() -> None:
     config = TrainConfig()
     small = config if on_gpu else config.model_copy(update={"hidden": 16, "layers": 2})
     kind = options.features.stem if options.features else "SYNTHETIC"
+    if options.strides:
+        data = from_file(options.features, None, config) if options.features else synthetic(options.quality_windows, config)
+        title = f"training: strides, {kind}, {len(data.train):,} training windows, 1 x 16, 5 epochs, {options.seeds} seeds"
+        _tell({title: compare_strides(data, options.strides, options.seeds)}, gpu, options.json)
+        return
     tables = {
         f"training: loader, {TrainConfig().sequence} x {FEATURES} SYNTHETIC, one thread, median of {options.rounds}": race_loaders(
             options.rounds, options.loader_windows
@@ -363,13 +398,17 @@ def main() -> None:
         title = f"{kind}, {gpu}, torch {torch.__version__}{trial}"
         tables[f"training: a model, {config.epochs} epochs of {options.windows:,} windows, {title}"] = speed
         tables[f"training: quality, {title}"] = quality
-    if options.json:
+    _tell(tables, gpu, options.json)
+    if not (on_gpu or options.cpu_trial or options.json):
+        sys.stdout.write("no GPU: seconds and dollars of a model are not measured\n")
+
+
+def _tell(tables: dict[str, list[Row]], gpu: str, as_json: bool) -> None:
+    if as_json:
         sys.stdout.write(json.dumps({"benchmark": "training", "machine": machine(), "gpu": gpu, "tables": tables}) + "\n")
         return
     for title, rows in tables.items():
         show(title, rows, False)
-    if not (on_gpu or options.cpu_trial):
-        sys.stdout.write("no GPU: seconds and dollars of a model are not measured\n")
 
 
 if __name__ == "__main__":

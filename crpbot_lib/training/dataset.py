@@ -56,7 +56,7 @@ class Scaler:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One symbol, ready to train on. ``values`` (rows, features) are scaled; anchors index their rows."""
+    """One symbol, ready to train on. ``values`` (rows, features) are scaled, each row in one piece; anchors index the rows."""
 
     values: Floats
     labels: Floats
@@ -202,7 +202,8 @@ def build(
         "at_split": int(usable.sum()) - len(train) - len(validation) - len(test),
     }
     return Dataset(
-        values=scaler.transform(values),
+        # a frame's values come column by column; a window is read row by row
+        values=np.ascontiguousarray(scaler.transform(values)),
         labels=np.where(label >= DOWN, label, np.nan).astype(np.float32),
         timestamps=timestamps,
         close=close,

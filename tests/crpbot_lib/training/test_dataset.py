@@ -96,6 +96,12 @@ def test_each_row_carries_its_minute_and_its_close() -> None:
     assert data.labels[at] == float(data.close[at + CONFIG.horizon] > data.close[at])
 
 
+def test_a_window_lies_in_memory_in_one_piece() -> None:
+    data = build("X", synthetic(list(range(400))), ("a", "b"), CONFIG, [])
+
+    assert data.values[100:110].flags.c_contiguous
+
+
 def test_shares_that_leave_nothing_to_train_on_are_refused() -> None:
     with pytest.raises(ValueError, match=r"validation_fraction 0\.5 and test_fraction 0\.5 leave no rows to train on"):
         TrainConfig(validation_fraction=0.5, test_fraction=0.5)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 import pytest
+from botocore.exceptions import ClientError
 
 from crpbot_lib.lake import KeyMissingError, LakeError, UnreadableError
 from crpbot_lib.training.notices import Interrupted, Notices
@@ -52,14 +53,37 @@ def test_patience_ends(caplog: pytest.LogCaptureFixture) -> None:
     assert PATIENCE_SECONDS - 10 <= clock.seconds <= PATIENCE_SECONDS
 
 
-@pytest.mark.parametrize("error", [KeyMissingError("absent"), UnreadableError("not JSON"), ValueError("wrong"), LakeError("full")])
+def caused_by(cause: Exception) -> LakeError:
+    error = LakeError("refused")
+    error.__cause__ = cause
+    return error
+
+
+def s3_error(code: str, status: int) -> ClientError:
+    return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyMissingError("absent"),
+        UnreadableError("not JSON"),
+        ValueError("wrong"),
+        caused_by(OSError(28, "No space left on device")),
+        caused_by(s3_error("AccessDenied", 403)),
+    ],
+)
 def test_an_answer_is_not_waited_for(error: Exception) -> None:
-    if str(error) == "full":
-        error.__cause__ = OSError(28, "No space left on device")
     clock = Clock()
     with pytest.raises(type(error), match=str(error)):
         patiently(failing(lambda: False, error), LOG, clock.pause, now=clock.now)
     assert clock.seconds == 0
+
+
+def test_a_store_that_says_it_is_overloaded_is_waited_for() -> None:
+    clock = Clock()
+    action = failing(lambda: clock.seconds >= 3, caused_by(s3_error("SlowDown", 503)))
+    assert patiently(action, LOG, clock.pause, now=clock.now) == "stored"
 
 
 def test_a_job_that_must_end_waits_no_longer() -> None:
