@@ -21,7 +21,7 @@ export AWS_EC2_METADATA_DISABLED := true
 # Some images set it, and then every process of a test or of the demonstration compiles Airflow anew: 6 s each instead of 2.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo up test fault-matrix bench bench-data bench-features lint format docs lock image-training image-airflow clean
+.PHONY: setup demo up test fault-matrix bench bench-data bench-features bench-training lint format docs lock image-training image-airflow clean
 
 setup: $(STAMP)
 
@@ -50,7 +50,7 @@ fault-matrix: setup
 	$(BIN)/python -m tests.fault_matrix $(MATRIX)
 
 # What it costs, in figures: tables on the terminal. Minutes; nothing else should be running.
-bench: bench-data bench-features
+bench: bench-data bench-features bench-training
 
 bench-data: setup
 	$(BIN)/python -m benchmarks.limiter
@@ -58,6 +58,10 @@ bench-data: setup
 
 bench-features: setup
 	$(BIN)/python -m benchmarks.features
+
+# On a machine with a GPU also what a model costs there; python -m benchmarks.training --help has the sizes.
+bench-training: setup
+	$(BIN)/python -m benchmarks.training
 
 lint: setup
 	$(BIN)/ruff check .
@@ -78,8 +82,8 @@ docs: setup
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" pyproject.toml
 lock: setup
 	$(COMPILE) --all-extras -o requirements/environment.lock
-	$(COMPILE) --extra torch -c requirements/environment.lock -o requirements/training.lock
-	$(COMPILE) --extra torch --extra data --extra cli --extra airflow --extra sandbox -c requirements/environment.lock -o requirements/airflow.lock
+	$(COMPILE) --extra torch --extra training -c requirements/environment.lock -o requirements/training.lock
+	$(COMPILE) --extra torch --extra training --extra data --extra cli --extra airflow --extra sandbox -c requirements/environment.lock -o requirements/airflow.lock
 	$(filter-out pyproject.toml,$(COMPILE)) --group sbom -o requirements/sbom.lock
 
 # The images (docs/containers.md), with any of BASE_IMAGE, TORCH_INDEX_URL, TAG: make image-training TAG=registry/crpbot-training:0.1.0

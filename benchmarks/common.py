@@ -60,5 +60,7 @@ def show(title: str, rows: Sequence[Row], as_json: bool) -> None:
 
 def _cell(value: float | str) -> str:
     if isinstance(value, float):
+        if abs(value) < 1:
+            return f"{value:.4g}"
         return f"{value:,.2f}" if abs(value) < 10 else f"{value:,.1f}"
     return value if isinstance(value, str) else f"{value:,}"

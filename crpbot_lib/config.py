@@ -50,6 +50,9 @@ class GpuCandidate(_Model):
 
     instance_type: str
     gpu: str
+    """A word of the GPU's name as CUDA tells it; the job refuses to train on another."""
+    gpu_memory_gb: float | None = None
+    """As it is sold, in 10^9 bytes; the job refuses a GPU with less than nine tenths of it. None: not checked."""
     on_demand_usd_per_hour: float
     subnet_ids: tuple[str, ...] = ()
     """Where it may be launched, each subnet in its own zone. None: the region's default subnets, one in each zone."""
@@ -60,8 +63,8 @@ class GpuSettings(_Model):
     project_tag: str = "crpbot"
     owner_tag: str = "crpbot"
     candidates: tuple[GpuCandidate, ...] = (
-        GpuCandidate(instance_type="g5.xlarge", gpu="A10G", on_demand_usd_per_hour=1.006),
-        GpuCandidate(instance_type="g4dn.xlarge", gpu="T4", on_demand_usd_per_hour=0.526),
+        GpuCandidate(instance_type="g5.xlarge", gpu="A10G", gpu_memory_gb=24, on_demand_usd_per_hour=1.006),
+        GpuCandidate(instance_type="g4dn.xlarge", gpu="T4", gpu_memory_gb=16, on_demand_usd_per_hour=0.526),
     )
     allow_on_demand: bool = False
     ami: str = "resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-amazon-linux-2023/latest/ami-id"
@@ -101,11 +104,21 @@ class TrainingSettings(_Model):
     """Days before the run's day that a scheduled retraining learns from."""
     smoke: bool = False
     """Marks the job as a smoke run: few steps, a small model, allowed without a GPU. Never a real model."""
+    synthetic: bool = False
+    """Whether the market data is generated: the run's report and plots then say SYNTHETIC."""
+    fee_bps_per_order: float = Field(default=10.0, ge=0)
+    """What the report's back-test pays for each order, in basis points of the price. Information only."""
+    compare_features: bool = False
+    """Whether each coin is trained on the 31 base features and on the 54 with CoinGecko, too, and the report shows them side by
+    side. Triples the bill."""
 
 
 class PromotionSettings(_Model):
     allow_smoke: bool = False
     """Whether a smoke model may be promoted (to the dry run). Only a demonstration sets it; live mode refuses it always."""
+    allow_without_skill: bool = False
+    """Whether a model may be promoted of which its test rows show no skill, or cannot tell. Of a smoke model ``allow_smoke``
+    alone decides."""
     dry_run_iterations: int = Field(default=5, ge=1)
 
 

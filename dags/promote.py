@@ -5,7 +5,8 @@ agree on names, order and the counts 73 / 54 / 73) → `dry_run` (a few iteratio
 that the runtime follows) → `notify`.
 
 Runs when `retrain` has published models, or by hand with the parameter `version`. A smoke model is promoted only where the setting
-`promotion.allow_smoke` says so, and live mode refuses it all the same.
+`promotion.allow_smoke` says so, and live mode refuses it all the same; a real one only if its test rows show skill, or where
+`promotion.allow_without_skill` says so.
 
 **When it fails:** nothing was promoted; the champion stays. The log says which of the checks failed. `crpbot models rollback`
 brings the former champion back.

@@ -13,7 +13,7 @@ from crpbot_lib import registry
 from crpbot_lib.cli.common import AsJson, clear_errors, open_lake, show_table
 from crpbot_lib.cli.runtime import At, as_of
 from crpbot_lib.runtime import run
-from crpbot_lib.training import marked
+from crpbot_lib.training import accuracy_words, marked
 
 app = typer.Typer(no_args_is_help=True, help="Model versions: list, show, verify, download, promote, rollback, diff.")
 Version = Annotated[str, typer.Argument(help="A version of `crpbot models list`.")]
@@ -34,7 +34,7 @@ def list_(as_json: AsJson = False) -> None:
         if not versions:
             typer.echo(f"no published version under {lake.url(config.training.prefix)}")
             return
-        table = Table("version", "trained", "gpu", "run", "symbol", "features", "accuracy", "promoted")
+        table = Table("version", "trained", "gpu", "run", "symbol", "features", "accuracy", "skill", "promoted")
         for version in versions:
             for symbol, own in version["symbols"].items():
                 table.add_row(
@@ -44,7 +44,8 @@ def list_(as_json: AsJson = False) -> None:
                     version["run"],
                     symbol,
                     str(own["input_size"]),
-                    f"{own['accuracy']:.3f} ± {own['accuracy_se']:.3f}",
+                    accuracy_words(own),
+                    {True: "shown", False: "none shown", None: "unknown"}[own["skill"]],
                     "yes" if symbol in version["promoted"] else "",
                 )
         show_table(table)
@@ -65,9 +66,9 @@ def show(version: Version, as_json: AsJson = False) -> None:
             m = entry["metrics"]
             line = (
                 f"{symbol}: {entry['file']}, input_size {entry['input_size']}, catalog {entry['catalog']}, "
-                f"accuracy {m['accuracy']:.3f} ± {m['accuracy_se']:.3f} (commoner side {m['majority_accuracy']:.3f}), "
+                f"accuracy {accuracy_words(m)}, commoner side {m['majority_accuracy']:.3f}, "
                 f"log loss {m['log_loss']:.4f} (base {m['base_log_loss']:.4f}), {m['train_windows']:,} windows, "
-                f"{m['steps']:,} steps, {m['seconds']:.0f} s"
+                f"{m['steps']:,} steps, {m['seconds']:.0f} s; {m.get('verdict', 'no verdict')}"
             )
             typer.echo(marked(line, smoke))
 

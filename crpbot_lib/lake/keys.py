@@ -78,6 +78,11 @@ def run_symbol(run: str, symbol: str, name: str) -> str:
     return training_run(run, f"{symbol}/{name}")
 
 
+def run_manifest(run: str) -> str:
+    """What the training of a run has left, with the sha256 of each file; written last."""
+    return training_run(run, "manifest.json")
+
+
 CHECKPOINT_SLOTS = ("checkpoint", "checkpoint-2")
 """Written in turn, so that the writer's death never touches the last good one."""
 

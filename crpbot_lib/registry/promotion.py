@@ -42,7 +42,8 @@ def promote(
 
     Returns version, smoke, symbols (all that is promoted now) and message, a sentence for people. Promoting what is promoted
     already changes nothing. Raises PromotionRefusedError with every reason: not aligned, no dry run
-    of this version, predictions stuck, too few finite predictions of a symbol, a smoke model without ``promotion.allow_smoke``.
+    of this version, predictions stuck, too few finite predictions of a symbol, a smoke model without ``promotion.allow_smoke``,
+    a real one without skill on its test rows and without ``promotion.allow_without_skill``.
     """
     manifest = show(settings, lake, version)
     reasons = _reasons_against(settings, manifest, evidence)
@@ -68,8 +69,10 @@ def promote(
 
 
 def check_promotable(settings: Settings, lake: Lake, version: str) -> None:
-    """PromotionRefusedError for what no dry run could change: a smoke model without ``promotion.allow_smoke``."""
-    if reasons := _smoke_reasons(settings, show(settings, lake, version)):
+    """PromotionRefusedError for what no dry run could change: a smoke model without ``promotion.allow_smoke``, a real one without
+    skill and without ``promotion.allow_without_skill``."""
+    manifest = show(settings, lake, version)
+    if reasons := [*_smoke_reasons(settings, manifest), *_skill_reasons(settings, manifest)]:
         raise PromotionRefusedError(f"version {version} is not promoted: {'; '.join(reasons)}")
 
 
@@ -103,7 +106,7 @@ def rollback(settings: Settings, lake: Lake, now: Callable[[], datetime] = _utc_
 
 
 def _reasons_against(settings: Settings, manifest: dict[str, Any], evidence: Mapping[str, Any]) -> list[str]:
-    reasons = _smoke_reasons(settings, manifest)
+    reasons = [*_smoke_reasons(settings, manifest), *_skill_reasons(settings, manifest)]
     version, asked = manifest["version"], settings.promotion.dry_run_iterations
     if evidence.get("model") != version:
         reasons.append(
@@ -125,6 +128,18 @@ def _smoke_reasons(settings: Settings, manifest: dict[str, Any]) -> list[str]:
     if manifest["smoke"] and not settings.promotion.allow_smoke:
         return [f"SMOKE {manifest['version']} is a smoke model and promotion.allow_smoke is off; train a real one"]
     return []
+
+
+def _skill_reasons(settings: Settings, manifest: dict[str, Any]) -> list[str]:
+    """Out-of-sample evidence, by what training measured. Not asked of a roll-back: what was promoted once may be gone back to."""
+    if manifest["smoke"] or settings.promotion.allow_without_skill:
+        return []
+    verdicts = {s: entry["metrics"] for s, entry in manifest["symbols"].items() if entry["metrics"].get("skill") is not True}
+    return [
+        f"{symbol}: {metrics.get('verdict', 'no verdict: it was trained before there were any')}; train on more days, or set "
+        "promotion.allow_without_skill"
+        for symbol, metrics in verdicts.items()
+    ]
 
 
 def _read(settings: Settings, lake: Lake) -> dict[str, Any]:

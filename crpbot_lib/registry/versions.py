@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 Manifest = dict[str, Any]
-_SHOWN = ("accuracy", "accuracy_se", "majority_accuracy", "log_loss", "base_log_loss", "validation_windows", "steps", "seconds")
+_SHOWN = (
+    *("verdict", "skill", "accuracy", "accuracy_low", "accuracy_high", "accuracy_se", "majority_accuracy", "auc"),
+    *("log_loss", "base_log_loss", "test_windows", "validation_windows", "steps", "seconds"),
+)
+"""Metrics; None where a version was trained before there were such."""
 
 
 def publish(settings: Settings, lake: Lake, run: str) -> dict[str, Any]:
@@ -186,7 +190,7 @@ def diff(settings: Settings, lake: Lake, old: str, new: str) -> dict[str, Any]:
             "features_removed": [n for n in names_before if n not in names_after],
             "same_order": names_before == names_after,
             "same_catalog": before["catalog"] == after["catalog"],
-            "metrics": {name: [before["metrics"][name], after["metrics"][name]] for name in _SHOWN},
+            "metrics": {name: [before["metrics"].get(name), after["metrics"].get(name)] for name in _SHOWN},
         }
     return {
         "old": old,
@@ -200,7 +204,7 @@ def diff(settings: Settings, lake: Lake, old: str, new: str) -> dict[str, Any]:
 def _summary(manifest: Manifest) -> dict[str, Any]:
     summary = {k: manifest[k] for k in ("version", "trained_date", "run", "gpu", "smoke", "feature_version")}
     summary["symbols"] = {
-        symbol: {k: entry[k] for k in ("file", "sha256", "input_size")} | {k: entry["metrics"][k] for k in _SHOWN}
+        symbol: {k: entry[k] for k in ("file", "sha256", "input_size")} | {k: entry["metrics"].get(k) for k in _SHOWN}
         for symbol, entry in manifest["symbols"].items()
     }
     return summary

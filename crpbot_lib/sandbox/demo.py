@@ -297,10 +297,10 @@ class Demo:
         table = Table(
             "model",
             "train windows",
-            "validation",
+            "test windows",
             "accuracy",
-            "± s.e.",
-            "base rate",
+            "95 % interval",
+            "commoner side",
             "log loss",
             "seconds",
             title=f"{mark}training",
@@ -310,10 +310,10 @@ class Demo:
             table.add_row(
                 f"{mark}{symbol}",
                 f"{m['train_windows']:,}",
-                f"{m['validation_windows']:,}",
+                f"{m['test_windows']:,}",
                 f"{m['accuracy']:.3f}",
-                f"{m['accuracy_se']:.3f}",
-                f"{m['base_rate']:.3f}",
+                "none" if m["accuracy_low"] is None else f"{m['accuracy_low']:.3f}-{m['accuracy_high']:.3f}",
+                f"{m['majority_accuracy']:.3f}",
                 f"{m['log_loss']:.4f}",
                 f"{m['seconds']:.1f}",
             )

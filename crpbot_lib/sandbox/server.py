@@ -368,6 +368,7 @@ class Sandbox:
             "CRPBOT_TELEGRAM__URL": self.control_url,
             "CRPBOT_TELEGRAM__TOKEN": TELEGRAM_TOKEN,
             "CRPBOT_TELEGRAM__CHAT_ID": TELEGRAM_CHAT,
+            **({} if self.source.kind == "real" else {"CRPBOT_TRAINING__SYNTHETIC": "true"}),
         }
 
     def instances(self) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ Importing this package imports no torch.
 from crpbot_lib.training.config import FeatureFile, JobSpec, TrainConfig
 from crpbot_lib.training.errors import PermanentTrainingError, TrainingError
 from crpbot_lib.training.smoke import ModelLog, marked
-from crpbot_lib.training.spec import check_model, job_spec, read_status, write_job
+from crpbot_lib.training.spec import accuracy_words, check_model, job_spec, read_status, write_job
 
 __all__ = [
     "FeatureFile",
@@ -15,6 +15,7 @@ __all__ = [
     "PermanentTrainingError",
     "TrainConfig",
     "TrainingError",
+    "accuracy_words",
     "check_model",
     "job_spec",
     "marked",

@@ -54,6 +54,8 @@ def main() -> int:
     # a StreamHandler flushes after every record, so each line is visible at once, whatever buffers stdout has
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)sZ %(levelname)s %(message)s")
     logging.Formatter.converter = time.gmtime
+    # it tells of its font cache, which is no word about the run
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     run_id = os.environ.get("CRPBOT_RUN", "")
     if not run_id or not settings().lake:
         logger.error("CRPBOT_LAKE and CRPBOT_RUN must both be set: where the lake is, and which run's job.json to follow")

@@ -3,8 +3,10 @@
 A window is named by its last row, the anchor ``i``: it holds rows ``i - sequence + 1 … i``, and its label compares the close of
 row ``i + horizon`` with that of row ``i``. All of these rows must follow each other minute by minute: a row that is absent is
 an outage, and neither a window nor a label may reach over it. A minute without a trade was filled because a trade came later:
-such a row may stand inside a window but is no anchor, for live such a minute is refused. Training windows and labels end before
-the split; validation windows begin an embargo after it.
+such a row may stand inside a window but is no anchor, for live such a minute is refused.
+
+The rows are split by time: training, then validation (choices, calibration), then test (the final judgement). At each of the two
+borders the earlier side's windows and labels end before it, and the later side's windows begin an embargo after it.
 """
 
 from __future__ import annotations
@@ -54,18 +56,25 @@ class Scaler:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One symbol, ready to train on. ``values`` (rows, features) are scaled; anchors index their rows."""
+    """One symbol, ready to train on. ``values`` (rows, features) are scaled, each row in one piece; anchors index the rows."""
 
     values: Floats
     labels: Floats
     """Per row 1.0 or 0.0; NaN where the row has no label (no anchor points there)."""
+    timestamps: Ints
+    """Per row: when its minute opens, microseconds since the epoch, UTC."""
+    close: npt.NDArray[np.float64]
+    """Per row, in USD."""
     train: Ints
     validation: Ints
+    test: Ints
     scaler: Scaler
     counts: dict[str, int]
-    """rows, filled, gaps, equal_prices_dropped, without_label, without_window, at_split (purged and embargoed)."""
+    """rows, filled, gaps, equal_prices_dropped, without_label, without_window, at_split (purged and embargoed, both borders)."""
     split: str
-    """The first instant (UTC, ISO 8601) that training knows nothing of."""
+    """The first instant (UTC, ISO 8601) that training knows nothing of; validation's rows begin there."""
+    test_split: str
+    """The first instant that validation knows nothing of either; the test's rows begin there."""
 
 
 def labels(timestamps: Ints, close: npt.NDArray[np.floating[Any]], horizon: int) -> npt.NDArray[np.int8]:
@@ -102,17 +111,22 @@ def filled_rows(timestamps: Ints, ranges: Iterable[tuple[str, int]]) -> npt.NDAr
     return result
 
 
-def split_anchors(timestamps: Ints, usable: npt.NDArray[np.bool_], split_row: int, config: TrainConfig) -> tuple[Ints, Ints]:
-    """The anchors of training and of validation, chronologically, among the ``usable`` rows.
+def split_anchors(
+    timestamps: Ints, usable: npt.NDArray[np.bool_], borders: tuple[int, int], config: TrainConfig
+) -> tuple[Ints, Ints, Ints]:
+    """The anchors of training, validation and test, chronologically, among the ``usable`` rows; ``borders`` are the first rows of
+    the latter two.
 
-    Purge: a training label ends before the split. Embargo: a validation window begins ``embargo`` minutes after it.
+    Purge: a label ends before the next border. Embargo: a window begins ``embargo`` minutes after the border before it.
     """
-    border = timestamps[split_row]
     label_end = timestamps + config.horizon * _MINUTE_US
     window_begin = timestamps - (config.sequence - 1) * _MINUTE_US
-    train = np.flatnonzero(usable & (label_end < border))
-    validation = np.flatnonzero(usable & (window_begin >= border + config.embargo * _MINUTE_US))
-    return train, validation
+    validation_begin, test_begin = timestamps[list(borders)]
+    embargo = config.embargo * _MINUTE_US
+    train = np.flatnonzero(usable & (label_end < validation_begin))
+    validation = np.flatnonzero(usable & (window_begin >= validation_begin + embargo) & (label_end < test_begin))
+    test = np.flatnonzero(usable & (window_begin >= test_begin + embargo))
+    return train, validation, test
 
 
 def check_frame(symbol: str, frame: pl.DataFrame, expected: FeatureFile) -> None:
@@ -154,24 +168,26 @@ def build(
     """Labels, windows, split and scaler of one symbol's features frame (checked by ``check_frame``). ``filled``: see
     ``filled_rows``.
 
-    Raises PermanentTrainingError when training or validation is left without a window.
+    Raises PermanentTrainingError when training, validation or test is left without a window.
     """
     timestamps = frame["timestamp"].dt.epoch("us").to_numpy()
+    close = frame["close"].cast(pl.Float64).to_numpy()
     values = frame.select(names).to_numpy().astype(np.float32, copy=False)
-    label = labels(timestamps, frame["close"].to_numpy(), config.horizon)
+    label = labels(timestamps, close, config.horizon)
     window = anchors(timestamps, config.sequence)
     no_trade = filled_rows(timestamps, filled)
     usable = window & (label >= DOWN) & ~no_trade
-    split_row = min(int(frame.height * (1 - config.validation_fraction)), frame.height - 1)
-    train: Ints = np.empty(0, dtype=np.int64)
-    validation: Ints = np.empty(0, dtype=np.int64)
+    shares = (config.validation_fraction + config.test_fraction, config.test_fraction)
+    # each border is a row: at least one lies behind it
+    split_row, test_row = (min(int(frame.height * (1 - share)), frame.height - 1) for share in shares)
+    train = validation = test = np.empty(0, dtype=np.int64)
     if frame.height:
-        train, validation = split_anchors(timestamps, usable, split_row, config)
-    if not len(train) or not len(validation):
+        train, validation, test = split_anchors(timestamps, usable, (split_row, test_row), config)
+    if not (len(train) and len(validation) and len(test)):
         need = config.sequence + config.horizon
         raise PermanentTrainingError(
-            f"{symbol}: {frame.height} rows give {len(train)} training and {len(validation)} validation windows; both sides of "
-            f"the split need unbroken stretches of {need} minutes (the later one after an embargo of {config.embargo}): "
+            f"{symbol}: {frame.height} rows give {len(train)} training, {len(validation)} validation and {len(test)} test windows; "
+            f"each part needs unbroken stretches of {need} minutes (the later two after an embargo of {config.embargo}): "
             "train on more days"
         )
     # no row beyond the last training window, so not even the purged rows before the split
@@ -183,14 +199,19 @@ def build(
         "equal_prices_dropped": int((label == EQUAL).sum()),
         "without_label": int((label == UNKNOWN).sum()),
         "without_window": int((~window).sum()),
-        "at_split": int(usable.sum()) - len(train) - len(validation),
+        "at_split": int(usable.sum()) - len(train) - len(validation) - len(test),
     }
     return Dataset(
-        values=scaler.transform(values),
+        # a frame's values come column by column; a window is read row by row
+        values=np.ascontiguousarray(scaler.transform(values)),
         labels=np.where(label >= DOWN, label, np.nan).astype(np.float32),
+        timestamps=timestamps,
+        close=close,
         train=train,
         validation=validation,
+        test=test,
         scaler=scaler,
         counts=counts,
         split=frame["timestamp"][split_row].isoformat(),
+        test_split=frame["timestamp"][test_row].isoformat(),
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import shutil
 import subprocess
 import time
 from dataclasses import asdict
@@ -18,14 +17,17 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from pydantic import ValidationError
 
+from crpbot_lib.config import ALL_GROUPS
+from crpbot_lib.features import catalog
 from crpbot_lib.lake import KeyMissingError, Lake, keys
-from crpbot_lib.training import dataset, evaluation
+from crpbot_lib.training import dataset
 from crpbot_lib.training.config import FeatureFile, JobSpec
 from crpbot_lib.training.errors import PermanentTrainingError
 from crpbot_lib.training.notices import Interrupted, Notices
+from crpbot_lib.training.patience import patiently
 from crpbot_lib.training.smoke import ModelLog
-from crpbot_lib.training.spec import read_status
-from crpbot_lib.training.status import HEARTBEAT_SECONDS, StatusFile
+from crpbot_lib.training.spec import accuracy_words, read_status
+from crpbot_lib.training.status import HEARTBEAT_SECONDS, State, StatusFile
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from crpbot_lib.training.resume import Checkpoints
 
 logger = logging.getLogger(__name__)
+_CHECKPOINT_FILES = (keys.checkpoint, keys.checkpoint_note)
 
 
 def run(lake: Lake, run_id: str, generation: int = 0, heartbeat: float = HEARTBEAT_SECONDS, notices: Notices | None = None) -> None:
@@ -46,23 +49,57 @@ def run(lake: Lake, run_id: str, generation: int = 0, heartbeat: float = HEARTBE
     notices = notices or Notices()
     status, log = StatusFile(lake, run_id, generation), ModelLog(logger, smoke=False)
     try:
-        spec = read_spec(lake, run_id)
+        spec = patiently(lambda: read_spec(lake, run_id), log, notices.pause)
         log = ModelLog(logger, spec.smoke)
         # a run that was begun anew on purpose says from which generation on its work counts; every later status repeats it
-        since = int((read_status(lake, run_id) or {}).get("since", 0))
+        since = int((patiently(lambda: read_status(lake, run_id), log, notices.pause) or {}).get("since", 0))
         status = StatusFile(lake, run_id, generation, spec.symbols, spec.smoke, since=since)
-        status.start(heartbeat)
+        patiently(lambda: status.start(heartbeat), log, notices.pause)
         _train_all(lake, spec, generation, since, status, log, notices)
-        status.finish("succeeded")
+        patiently(lambda: write_manifest(lake, spec, generation), log, notices.pause)
+        patiently(lambda: status.finish("succeeded"), log, notices.pause)
     except Interrupted as interruption:
         log.warning("run %s interrupted: %s", run_id, interruption)
-        status.finish("interrupted", str(interruption))
+        _last_word(status, log, "interrupted", str(interruption))
         raise
     except Exception as error:
         permanent = bool(getattr(error, "permanent", False))
-        log.error("run %s failed%s: %s: %s", run_id, " for good" if permanent else "", type(error).__name__, error)
-        status.finish("failed", f"{type(error).__name__}: {error}", permanent=permanent)
+        text = f"{type(error).__name__}: {error}"
+        log.error("run %s failed%s: %s", run_id, " for good" if permanent else "", text)
+        _last_word(status, log, "failed", text, permanent)
         raise
+
+
+def _last_word(status: StatusFile, log: ModelLog, state: State, why: str, permanent: bool = False) -> None:
+    """Writes the status of a run that did not succeed; that this fails too must not hide why, nor change the job's exit status."""
+    try:
+        patiently(lambda: status.finish(state, why, permanent), log, time.sleep)
+    except Exception as error:
+        log.error("the status could not be written, the job ends without its last word: %s: %s", type(error).__name__, error)
+
+
+def write_manifest(lake: Lake, spec: JobSpec, generation: int) -> None:
+    """Lists what the run has left, job and results, with size and sha256 as they are read back: whoever finds the manifest finds
+    all of them whole. Not among them: what changes (status, launches, cost) and the checkpoints.
+    """
+    prefix = keys.training_run(spec.run)
+    passing = {path(spec.run, s, slot) for s in spec.symbols for slot in keys.CHECKPOINT_SLOTS for path in _CHECKPOINT_FILES}
+    left = [key for s in spec.symbols for key in lake.keys(keys.run_symbol(spec.run, s, "")) if key not in passing]
+    files: dict[str, dict[str, Any]] = {}
+    # a run has its report unless making it failed
+    whole = [key for name in ("job.json", "report.html") if lake.exists(key := keys.training_run(spec.run, name))]
+    for key in (*whole, *left):
+        data = lake.read(key)
+        files[key.removeprefix(prefix)] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    manifest = {
+        "run": spec.run,
+        "generation": generation,
+        "smoke": spec.smoke,
+        "feature_version": spec.feature_version,
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "files": files,
+    }
+    lake.write_json(keys.run_manifest(spec.run), manifest)
 
 
 def read_spec(lake: Lake, run_id: str) -> JobSpec:
@@ -80,16 +117,19 @@ def read_spec(lake: Lake, run_id: str) -> JobSpec:
 
 
 def _train_all(lake: Lake, spec: JobSpec, generation: int, since: int, status: StatusFile, log: ModelLog, notices: Notices) -> None:
+    from crpbot_lib.training.report import write_report
     from crpbot_lib.training.resume import Checkpoints
 
     started = time.monotonic()
     log.info("run %s: %s on features version %s, image %s", spec.run, ", ".join(spec.symbols), spec.feature_version, spec.image)
-    device, gpu = select_device(spec.smoke, log)
+    device, gpu = select_device(spec, log)
     status.gpu(gpu)
+    for symbol in spec.symbols:
+        check_catalog(symbol, spec.features[symbol])
     for symbol in spec.symbols:
         notices.check()
         checkpoints = Checkpoints(lake, spec, symbol, generation, since)
-        metrics = checkpoints.finished()
+        metrics = patiently(checkpoints.finished, log, notices.pause)
         if metrics is not None:
             log.info("%s: trained by generation %s already, its model is kept", symbol, metrics["generation"])
         else:
@@ -97,34 +137,71 @@ def _train_all(lake: Lake, spec: JobSpec, generation: int, since: int, status: S
             metrics = _train_symbol(lake, spec, symbol, generation, device, gpu, checkpoints, status, log, notices)
         status.symbol(symbol, state="succeeded", accuracy=metrics["accuracy"], seconds=metrics["seconds"])
     log.info("run %s: %d models in %.1f s", spec.run, len(spec.symbols), time.monotonic() - started)
+    try:
+        patiently(lambda: write_report(lake, spec), log, notices.pause)
+    except Interrupted:
+        raise
+    except Exception as error:  # the models are trained and paid for; the page can be made from what the lake holds at any time
+        log.error("run %s: no report: %s: %s", spec.run, type(error).__name__, error)
 
 
-def select_device(smoke: bool, log: ModelLog) -> tuple[torch.device, str | None]:
+def select_device(spec: JobSpec, log: ModelLog) -> tuple[torch.device, str | None]:
     """The GPU and its name; the CPU and None for a smoke run on a machine without one.
 
-    Raises PermanentTrainingError without CUDA: the rule is never to train locally, on CPU or GPU of one's own.
+    Raises PermanentTrainingError without CUDA (the rule is never to train locally, on CPU or GPU of one's own), and on a GPU that
+    none of the job's instance types has, or that cannot compute.
     """
     import torch
 
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name(0)
-        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-        log.info("GPU: %s, %.0f GiB, CUDA %s, torch %s", name, memory, torch.version.cuda, torch.__version__)
-        if shutil.which("nvidia-smi"):
-            query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,temperature.gpu", "--format=csv,noheader"]
-            answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-            log.info("nvidia-smi: %s", (answer.stdout or answer.stderr).strip())
-        return torch.device("cuda", 0), name
-    if not smoke:
+    if not torch.cuda.is_available():
+        if not spec.smoke:
+            raise PermanentTrainingError(
+                "torch.cuda.is_available() is False and the job is no smoke run: models are never trained locally or on a CPU. "
+                "Start it through the retrain DAG, which launches a GPU instance; if this is one, its driver or the container's "
+                "GPU access (docker run --gpus all) is missing"
+            )
+        # more threads gain a third on a free machine, and on a busy one they wait for each other ten times as long
+        torch.set_num_threads(1)
+        log.info("no GPU: a few steps of a small model on one CPU thread")
+        return torch.device("cpu"), None
+    device = torch.device("cuda", 0)
+    name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    log.info("GPU: %s, %.1f GB, CUDA %s, torch %s", name, memory / 1e9, torch.version.cuda, torch.__version__)
+    log.info("nvidia-smi: %s", _nvidia_smi())
+    if not spec.smoke and spec.gpus and not any(gpu.matches(name, memory) for gpu in spec.gpus):
         raise PermanentTrainingError(
-            "torch.cuda.is_available() is False and the job is no smoke run: models are never trained locally or on a CPU. "
-            "Start it through the retrain DAG, which launches a GPU instance; if this is one, its driver or the container's GPU "
-            "access (docker run --gpus all) is missing"
+            f"the GPU is {name} with {memory / 1e9:.1f} GB, expected {' or '.join(map(str, spec.gpus))}: no machine of this run is "
+            "like this one. Correct gpu.candidates (gpu, gpu_memory_gb), or look where the job was started"
         )
-    # more threads gain a third on a free machine, and on a busy one they wait for each other ten times as long
-    torch.set_num_threads(1)
-    log.info("no GPU: a few steps of a small model on one CPU thread")
-    return torch.device("cpu"), None
+    try:
+        torch.ones(1024, device=device).sum().item()
+    except RuntimeError as error:
+        raise PermanentTrainingError(
+            f"{name} is there and does not compute: {error}; driver {_nvidia_smi()}, torch was built for CUDA {torch.version.cuda}"
+        ) from error
+    return device, name
+
+
+def _nvidia_smi() -> str:
+    """One line of what the driver says; what is wrong with it where it does not."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,temperature.gpu", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"no answer ({error})"
+    return (answer.stdout or answer.stderr).strip()
+
+
+def check_catalog(symbol: str, expected: FeatureFile) -> None:
+    """PermanentTrainingError when this container's catalog is not the one that the features were built with: its models would
+    carry a hash that no runtime of either version accepts."""
+    groups = [g for g in ALL_GROUPS if set(catalog.names([g])) <= set(expected.names)]
+    if (found := catalog.catalog_hash(groups)) != expected.catalog:
+        raise PermanentTrainingError(
+            f"{symbol}: the features were built under catalog {expected.catalog}, this container has {found} (groups "
+            f"{', '.join(groups) or 'none'}): the image is of another version than what built them. Build and push the training "
+            "image of this version, or build the features again"
+        )
 
 
 def load_features(lake: Lake, symbol: str, expected: FeatureFile) -> pl.DataFrame:
@@ -177,11 +254,17 @@ def _train_symbol(
     log: ModelLog,
     notices: Notices,
 ) -> dict[str, Any]:
+    import torch
+
+    from crpbot_lib.training.assessment import assess
     from crpbot_lib.training.checkpoint import Checkpoint
     from crpbot_lib.training.resume import identity
     from crpbot_lib.training.trainer import Progress, Snapshot, train
 
+    losses: dict[int, float] = {}
+
     def report(progress: Progress) -> None:
+        losses[progress.epoch] = progress.loss
         status.symbol(symbol, **asdict(progress))
 
     def save(snapshot: Snapshot, epoch: int) -> None:
@@ -189,25 +272,32 @@ def _train_symbol(
             status.symbol(symbol, checkpoint_step=snapshot.step)
 
     expected = spec.features[symbol]
-    frame = load_features(lake, symbol, expected)
+    frame = patiently(lambda: load_features(lake, symbol, expected), log, notices.pause)
     log.info(
         "%s: %s rows, sha256, names, order and dtypes are the manifest's, catalog %s", symbol, f"{frame.height:,}", expected.catalog
     )
-    filled = load_filled(lake, symbol, spec.feature_version, expected)
+    filled = patiently(lambda: load_filled(lake, symbol, spec.feature_version, expected), log, notices.pause)
     data = dataset.build(symbol, frame, expected.names, spec.train, filled)
     log.info("%s: Numeric features selected: %d", symbol, data.values.shape[1])
     log.info(
-        "%s: %s training and %s validation windows, split at %s; %s",
+        "%s: %s training, %s validation and %s test windows, split at %s and %s; %s",
         symbol,
         f"{len(data.train):,}",
         f"{len(data.validation):,}",
+        f"{len(data.test):,}",
         data.split,
+        data.test_split,
         ", ".join(f"{name} {count:,}" for name, count in data.counts.items()),
     )
     notices.check()
-    trained = train(symbol, data, spec.train, device, log, report, save, notices, checkpoints.newest())
-    base_rate = float(data.labels[data.train].mean())
-    scores = evaluation.evaluate(trained.validation, data.labels[data.validation], spec.train.horizon, base_rate)
+    resume = patiently(checkpoints.newest, log, notices.pause)
+    try:
+        trained = train(symbol, data, spec.train, device, log, report, save, notices, resume)
+    except torch.OutOfMemoryError as error:
+        raise PermanentTrainingError(
+            f"{symbol}: batches of {spec.train.batch_size} do not fit the memory of {gpu}: {error}; lower train.batch_size"
+        ) from error
+    figures, evaluation = assess(spec, symbol, frame, filled, data, trained, device, log, notices)
     checkpoint = Checkpoint(
         symbol=symbol,
         run=spec.run,
@@ -236,25 +326,25 @@ def _train_symbol(
         "epochs": trained.epochs,
         "train_loss": trained.train_loss,
         "train_windows": len(data.train),
-        "train_base_rate": base_rate,
         "split": data.split,
+        "test_split": data.test_split,
         **data.counts,
-        **scores,
+        **figures,
     }
-    lake.write(keys.run_symbol(spec.run, symbol, "model.pt"), content)
-    lake.write_json(keys.run_symbol(spec.run, symbol, "metrics.json"), metrics)
+    # of the epochs that this process had a part in
+    evaluation["history"] = [{"epoch": epoch, "train_loss": loss} for epoch, loss in losses.items()]
+    patiently(lambda: lake.write(keys.run_symbol(spec.run, symbol, "model.pt"), content), log, notices.pause)
+    patiently(lambda: lake.write_json(keys.run_symbol(spec.run, symbol, "evaluation.json"), evaluation), log, notices.pause)
+    # last: they say that the model is finished
+    patiently(lambda: lake.write_json(keys.run_symbol(spec.run, symbol, "metrics.json"), metrics), log, notices.pause)
     log.info(
-        "%s: accuracy %.3f +- %.3f on later rows (commoner side %.3f, n %s, effective %s), log loss %.4f (base %.4f); "
-        "checkpoint input_size %d, %s bytes",
+        "%s: accuracy %s on the test rows, %s windows, about %s independent; checkpoint input_size %d, %s bytes",
         symbol,
-        scores["accuracy"],
-        scores["accuracy_se"],
-        scores["majority_accuracy"],
-        f"{scores['validation_windows']:,}",
-        f"{scores['effective_n']:,}",
-        scores["log_loss"],
-        scores["base_log_loss"],
+        accuracy_words(metrics),
+        f"{metrics['test_windows']:,}",
+        f"{metrics['effective_n']:,}",
         checkpoint.input_size,
         f"{len(content):,}",
     )
+    log.info("%s: %s", symbol, metrics["verdict"])
     return metrics

@@ -60,6 +60,11 @@ class Notices:
         self._recommended.clear()
         return recommended
 
+    def pause(self, seconds: float) -> None:
+        """Waits so long; raises Interrupted as soon as the job must end."""
+        self._end.wait(seconds)
+        self.check()
+
     def wait(self) -> None:
         """Returns when the job must end."""
         self._end.wait()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crpbot_lib.config import Settings
 from crpbot_lib.lake import KeyMissingError, Lake, keys
-from crpbot_lib.training.config import FeatureFile, JobSpec, TrainConfig
+from crpbot_lib.training.config import FeatureFile, Gpu, JobSpec, TrainConfig
 from crpbot_lib.training.errors import PermanentTrainingError, TrainingError
 from crpbot_lib.training.smoke import ModelLog
 
@@ -54,6 +54,10 @@ def job_spec(settings: Settings, lake: Lake, run: str, feature_version: str, sym
         smoke=smoke,
         train=TrainConfig.for_smoke() if smoke else TrainConfig(),
         image=settings.gpu.training_image,
+        gpus=tuple(Gpu(instance_type=c.instance_type, name=c.gpu, memory_gb=c.gpu_memory_gb) for c in settings.gpu.candidates),
+        synthetic=settings.training.synthetic,
+        fee_bps_per_order=settings.training.fee_bps_per_order,
+        compare_features=settings.training.compare_features,
     )
 
 
@@ -90,16 +94,24 @@ def check_model(lake: Lake, run: str, symbol: str) -> dict[str, Any]:
         why = own.get("error") or status["error"] or f"the run is {status['state']}"
         raise kind(f"{symbol}: run {run} made no model, its state is {own['state']}: {why}")
     metrics: dict[str, Any] = lake.read_json(keys.run_symbol(run, symbol, "metrics.json"))
-    ModelLog(logger, metrics["smoke"]).info(
-        "%s: accuracy %.3f +- %.3f against %.3f always naming the commoner side, log loss %.4f against %.4f; "
-        "%d validation windows, about %d independent",
+    log = ModelLog(logger, metrics["smoke"])
+    log.info(
+        "%s: accuracy %s against %.3f always naming the commoner side, log loss %.4f against %.4f; "
+        "%s test windows, about %s independent",
         symbol,
-        metrics["accuracy"],
-        metrics["accuracy_se"],
+        accuracy_words(metrics),
         metrics["majority_accuracy"],
         metrics["log_loss"],
         metrics["base_log_loss"],
-        metrics["validation_windows"],
-        metrics["effective_n"],
+        f"{metrics['test_windows']:,}",
+        f"{metrics['effective_n']:,}",
     )
+    log.info("%s: %s", symbol, metrics["verdict"])
     return metrics
+
+
+def accuracy_words(metrics: Mapping[str, Any]) -> str:
+    """The accuracy on the test rows with its interval, or that there is none."""
+    low, high = metrics.get("accuracy_low"), metrics.get("accuracy_high")
+    interval = "no interval" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+    return f"{metrics['accuracy']:.3f} ({interval})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Callable
@@ -51,6 +52,8 @@ class StatusFile:
         self._lake, self._key, self._now = lake, keys.training_run(run, "status.json"), now
         self._smoke = smoke
         # one writer at a time: a heartbeat that was on its way must not land on top of the final state
+        self._writer = threading.Lock()
+        # held for a moment only: whoever tells how far it is must not wait for a store that does not answer
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -68,7 +71,7 @@ class StatusFile:
         }
 
     def start(self, every: float = HEARTBEAT_SECONDS) -> None:
-        """Writes ``running`` and keeps the heartbeat going in a thread."""
+        """Writes ``running`` and keeps the heartbeat going in a thread. LakeError when the first cannot be written."""
         self._write()
         self._thread = threading.Thread(target=self._beat, args=(every,), name="heartbeat", daemon=True)
         self._thread.start()
@@ -88,7 +91,7 @@ class StatusFile:
             self._content["symbols"][symbol] = {**self._content["symbols"].get(symbol, {}), **fields}
 
     def finish(self, state: State, error: str | None = None, permanent: bool = False) -> None:
-        """The final state; symbols that were still running take it too."""
+        """The final state; symbols that were still running take it too. May be called again when it cannot be written."""
         self._stop.set()
         with self._lock:
             self._content |= {
@@ -101,18 +104,18 @@ class StatusFile:
                     own |= {"state": state, "error": self._content["error"]}
         self._write()
 
-    def _write(self) -> None:
-        with self._lock:
-            self._content["heartbeat"] = self._now().isoformat()
-            self._lake.write_json(self._key, self._content)
+    def _write(self, heartbeat: bool = False) -> None:
+        with self._writer:
+            if heartbeat and self._stop.is_set():
+                return
+            with self._lock:
+                self._content["heartbeat"] = self._now().isoformat()
+                content = copy.deepcopy(self._content)
+            self._lake.write_json(self._key, content)
 
     def _beat(self, every: float) -> None:
         while not self._stop.wait(every):
-            with self._lock:
-                if self._stop.is_set():
-                    return
-                self._content["heartbeat"] = self._now().isoformat()
-                try:
-                    self._lake.write_json(self._key, self._content)
-                except Exception as error:  # a store away for a moment must not end the heartbeat; the watcher has its own limit
-                    logger.warning("heartbeat not written, the next one will be tried: %s: %s", type(error).__name__, error)
+            try:
+                self._write(heartbeat=True)
+            except Exception as error:  # a store away for a moment must not end the heartbeat; the watcher has its own limit
+                logger.warning("heartbeat not written, the next one will be tried: %s: %s", type(error).__name__, error)

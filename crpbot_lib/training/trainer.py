@@ -1,15 +1,18 @@
-"""The training loop, from top to bottom. The data lies on the device; a batch is an index, never a copy per sample.
+"""The training loop, from top to bottom. The data lies on the device, a batch is an index into it, and no step waits for either.
 
 Between any two steps the loop can be put aside and gone on with later, in another process, as if it had not stopped: a
 ``Snapshot`` holds all that decides the steps to come. On a CPU the weights are then the same to the bit. On a GPU they are so to
 tolerance only: cuDNN draws the dropout between the LSTM's layers from a state of its own that cannot be saved, and adds in no
 fixed order.
+
+On a GPU the LSTM computes in float16, not bfloat16: under autocast torch gives cuDNN's LSTM float16 whatever type it is told
+(aten/src/ATen/cudnn/AutocastRNN.cpp), and a T4 has nothing else. Its smallest gradients would vanish, so the loss is scaled.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from crpbot_lib.training.config import TrainConfig
-from crpbot_lib.training.dataset import Dataset, Floats
+from crpbot_lib.training.dataset import Dataset, Floats, Ints
 from crpbot_lib.training.errors import PermanentTrainingError
 from crpbot_lib.training.model import PriceLSTM
 from crpbot_lib.training.notices import Notices
@@ -44,7 +47,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The loop between two steps; the learning rate is constant and nothing is scaled, so there is no more to it.
+    """The loop between two steps; the learning rate is constant, so there is no more to it.
 
     The tensors are the loop's own: written, or copied, before the next step.
     """
@@ -57,6 +60,8 @@ class Snapshot:
     """Over the steps of the epoch in progress, or of the one just ended."""
     weights: dict[str, Tensor]
     optimiser: dict[str, Any]
+    loss_scale: dict[str, Any]
+    """The gradient scaler's state; empty where nothing is scaled."""
     shuffle: Tensor
     """The shuffling generator's state before it drew the order of the epoch that the next step belongs to."""
     rng: Tensor
@@ -65,11 +70,13 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Trained:
-    """The weights after the last step (no epoch is picked by its validation score, so validation stays untouched)."""
+    """The weights after the last step (no epoch is picked by its validation score)."""
 
     weights: dict[str, Tensor]
-    validation: Floats
-    """Probability of UP per validation anchor."""
+    validation_logits: Floats
+    """Per validation anchor."""
+    test_logits: Floats
+    """Per test anchor."""
     steps: int
     epochs: int
     train_loss: float
@@ -97,28 +104,32 @@ def train(
     """
     torch.manual_seed(config.seed)
     shuffle = torch.Generator().manual_seed(config.seed)
-    values = torch.from_numpy(data.values).to(device)
-    labels = torch.from_numpy(data.labels).to(device)
+    windows = Windows(data, config.sequence, device)
     anchors = torch.from_numpy(data.train)
-    offsets = torch.arange(1 - config.sequence, 1, device=device)
-    network = PriceLSTM(values.shape[1], config).to(device)
+    network = PriceLSTM(data.values.shape[1], config).to(device)
+    on_gpu = device.type == "cuda"
+    half = on_gpu and config.mixed_precision
     optimiser = torch.optim.AdamW(
-        network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type == "cuda"
+        network.parameters(), lr=config.scaled_learning_rate, weight_decay=config.weight_decay, fused=on_gpu
     )
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
     criterion = nn.BCEWithLogitsLoss()
     loss_sum = torch.zeros((), device=device)
     step, before = 0, 0.0
     if resume:
         network.load_state_dict(resume.weights)
         optimiser.load_state_dict(resume.optimiser)
+        if resume.loss_scale:
+            scaler.load_state_dict(resume.loss_scale)
         loss_sum.copy_(resume.loss_sum)
         step, before = resume.step, resume.seconds
         shuffle.set_state(resume.shuffle)
         torch.set_rng_state(resume.rng)
-        if resume.cuda_rng is not None and device.type == "cuda":
+        if resume.cuda_rng is not None and on_gpu:
             torch.cuda.set_rng_state(resume.cuda_rng, device)
 
-    per_epoch = -(-len(anchors) // config.batch_size)
+    stride = min(config.window_stride, len(anchors))
+    per_epoch = -(-(len(anchors) // stride) // config.batch_size)
     total = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
     first = step
     started = reported = time.monotonic()
@@ -128,58 +139,88 @@ def train(
         if not done:
             loss_sum.zero_()
         drawn_from = shuffle.get_state()
-        order = anchors[torch.randperm(len(anchors), generator=shuffle)].to(device)
+        order = _epoch_order(anchors, stride, shuffle, device)
         for batch in torch.split(order, config.batch_size)[done : done + total - step]:
-            windows = values[batch[:, None] + offsets]
-            loss = criterion(network(windows), labels[batch])
+            rows, labels = windows(batch)
+            with torch.autocast(device.type, torch.float16, enabled=half):
+                logits = network(rows)
+            loss = criterion(logits.float(), labels)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimiser)
             nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clip)
-            optimiser.step()
+            scaler.step(optimiser)
+            scaler.update()
             loss_sum += loss.detach()
             step += 1
-            now = time.monotonic()
             ended = step % per_epoch == 0
             keep = notices.wants_checkpoint() or ended or step == total
-            if keep or now - reported >= LOG_SECONDS:
+            if keep or time.monotonic() - reported >= LOG_SECONDS:
                 # the only place that waits for the device
-                reported = now
+                mean = _mean(symbol, loss_sum, step, per_epoch)
+                _still_scaling(symbol, scaler, step)
+                reported = time.monotonic()
                 progress = Progress(
                     epoch=-(-step // per_epoch),
                     epochs=-(-total // per_epoch),
                     step=step,
                     steps=total,
-                    loss=_mean(symbol, loss_sum, step, per_epoch),
-                    eta_seconds=(now - started) / (step - first) * (total - step),
+                    loss=mean,
+                    eta_seconds=(reported - started) / (step - first) * (total - step),
                 )
-                _line(log, symbol, progress, before + now - started)
+                _line(log, symbol, progress, before + reported - started)
                 report(progress)
             if keep:
                 snapshot = Snapshot(
                     step=step,
-                    seconds=before + now - started,
+                    seconds=before + reported - started,
                     loss_sum=loss_sum.cpu(),
                     weights=network.state_dict(),
                     optimiser=optimiser.state_dict(),
+                    loss_scale=scaler.state_dict(),
                     shuffle=shuffle.get_state() if ended else drawn_from,
                     rng=torch.get_rng_state(),
-                    cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                    cuda_rng=torch.cuda.get_rng_state(device) if on_gpu else None,
                 )
                 save(snapshot, progress.epoch)
                 # only here: whatever ends the training, this step is kept
                 notices.check()
 
-    probability = np.concatenate(list(_predict(network, values, data, offsets, notices)))
-    if not np.isfinite(probability).all():
-        raise PermanentTrainingError(f"{symbol}: the trained network gives NaN on validation rows; the model diverged")
+    validation, test = (_logits(network, windows, part, notices) for part in (data.validation, data.test))
+    if not (np.isfinite(validation).all() and np.isfinite(test).all()):
+        raise PermanentTrainingError(f"{symbol}: the trained network gives NaN on later rows; the model diverged")
     return Trained(
         weights={name: tensor.detach().cpu() for name, tensor in network.state_dict().items()},
-        validation=probability,
+        validation_logits=validation,
+        test_logits=test,
         steps=step,
         epochs=-(-step // per_epoch),
         train_loss=_mean(symbol, loss_sum, step, per_epoch),
         seconds=before + time.monotonic() - started,
     )
+
+
+class Windows:
+    """All windows of one symbol, on the device: a view of its rows that holds each row once, not ``sequence`` times."""
+
+    def __init__(self, data: Dataset, sequence: int, device: torch.device) -> None:
+        values = torch.from_numpy(data.values).to(device)
+        self._labels = torch.from_numpy(data.labels).to(device)
+        self._before = sequence - 1
+        self._all = values.unfold(0, sequence, 1).transpose(1, 2)
+        self.device = device
+
+    def __call__(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the given anchors: windows (n, sequence, features), oldest row first, and labels (n,)."""
+        return self._all.index_select(0, anchors - self._before), self._labels.index_select(0, anchors)
+
+
+def _epoch_order(anchors: Tensor, stride: int, shuffle: torch.Generator, device: torch.device) -> Tensor:
+    """Every ``stride``-th anchor from a drawn offset on, shuffled; every epoch has as many."""
+    offset = int(torch.randint(stride, (), generator=shuffle)) if stride > 1 else 0
+    chosen = anchors[offset::stride][: len(anchors) // stride]
+    order = chosen[torch.randperm(len(chosen), generator=shuffle)]
+    return order.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else order
 
 
 def _mean(symbol: str, loss_sum: Tensor, step: int, per_epoch: int) -> float:
@@ -191,6 +232,16 @@ def _mean(symbol: str, loss_sum: Tensor, step: int, per_epoch: int) -> float:
             "Look at the features of this version (crpbot features verify), then lower the learning rate"
         )
     return mean
+
+
+def _still_scaling(symbol: str, scaler: torch.amp.GradScaler, step: int) -> None:
+    """A scale that has fallen below 1 means that hardly a step was taken: each one with a gradient beyond float16 is left out."""
+    if scaler.is_enabled() and (scale := scaler.get_scale()) < 1:
+        raise PermanentTrainingError(
+            f"{symbol}: gradients are beyond float16 again and again, the loss scale is {scale:g} at step {step}: the training "
+            "diverged. Look at the features of this version (crpbot features verify), then lower the learning rate or train "
+            "without mixed_precision"
+        )
 
 
 def _line(log: ModelLog, symbol: str, at: Progress, seconds: float) -> None:
@@ -207,9 +258,13 @@ def _line(log: ModelLog, symbol: str, at: Progress, seconds: float) -> None:
     )
 
 
-def _predict(network: PriceLSTM, values: Tensor, data: Dataset, offsets: Tensor, notices: Notices) -> Iterator[Floats]:
+def _logits(network: PriceLSTM, windows: Windows, anchors: Ints, notices: Notices) -> Floats:
+    """In float32 on any device, as the model predicts later."""
     network.eval()
+    found: list[Tensor] = []
     with torch.inference_mode():
-        for batch in torch.split(torch.from_numpy(data.validation).to(values.device), _EVALUATION_BATCH):
+        for batch in torch.split(torch.from_numpy(anchors).to(windows.device), _EVALUATION_BATCH):
             notices.check()
-            yield torch.sigmoid(network(values[batch[:, None] + offsets])).cpu().numpy()
+            found.append(network(windows(batch)[0]))
+        logits: Floats = torch.cat(found).cpu().numpy()
+    return logits

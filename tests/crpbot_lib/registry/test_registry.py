@@ -206,6 +206,49 @@ def test_a_smoke_model_is_promoted_only_where_the_setting_says_so(own: Any, vers
         registry.promote(STRICT, own.lake, version, evidence(version))
 
 
+def judged(own: Any, version: str, **metrics: Any) -> None:
+    """The published version as if its models were real ones, judged so."""
+    key = keys.model("models", version, "manifest.json")
+    manifest = own.lake.read_json(key) | {"smoke": False}
+    for entry in manifest["symbols"].values():
+        entry["metrics"] |= metrics
+    own.lake.write_json(key, manifest)
+
+
+def test_a_real_model_whose_test_rows_show_skill_may_be_promoted(own: Any, version: str) -> None:
+    judged(own, version, skill=True, verdict="better than the base rate by 2.0 points")
+    registry.check_promotable(STRICT, own.lake, version)
+
+
+@pytest.mark.parametrize(
+    ("skill", "verdict"), [(False, "no skill shown: 0.1 points"), (None, "no verdict: too few windows for an interval")]
+)
+def test_one_without_is_refused_with_its_verdict_unless_the_setting_says_so(
+    own: Any, version: str, skill: bool | None, verdict: str
+) -> None:
+    judged(own, version, skill=skill, verdict=verdict)
+
+    with pytest.raises(PromotionRefusedError, match=rf"BTC-USD: {verdict}.*set promotion\.allow_without_skill; ETH-USD: {verdict}"):
+        registry.check_promotable(STRICT, own.lake, version)
+    with pytest.raises(PromotionRefusedError, match=rf"BTC-USD: {verdict}"):
+        registry.promote(STRICT, own.lake, version, evidence(version))
+    registry.check_promotable(Settings(promotion=PromotionSettings(allow_without_skill=True)), own.lake, version)
+
+
+def test_a_version_from_before_there_were_verdicts_is_listed_and_refused(own: Any, version: str) -> None:
+    judged(own, version)
+    key = keys.model("models", version, "manifest.json")
+    manifest = own.lake.read_json(key)
+    for entry in manifest["symbols"].values():
+        for name in ("skill", "verdict", "accuracy_low", "accuracy_high", "auc", "test_windows"):
+            del entry["metrics"][name]
+    own.lake.write_json(key, manifest)
+
+    assert registry.list_versions(STRICT, own.lake)[0]["symbols"]["BTC-USD"]["skill"] is None
+    with pytest.raises(PromotionRefusedError, match="BTC-USD: no verdict: it was trained before there were any"):
+        registry.check_promotable(STRICT, own.lake, version)
+
+
 def test_a_misaligned_version_is_not_promoted(own: Any, version: str) -> None:
     respoil(own, version, "ETH-USD", catalog="yesterday")
 

@@ -43,12 +43,14 @@ def published(trained_lake: Any, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 @pytest.fixture
 def real(published: tuple[Any, str], tmp_path: Path) -> tuple[Any, str]:
-    """The same models as a promoted version that claims to be no smoke models: what live mode needs, and no test can train."""
+    """The same models as a promoted version that claims to be no smoke models and to have skill: what live mode needs, and no
+    test can train."""
     own, version = published[0].copy(tmp_path), published[1]
     manifest = registry.show(settings(), own.lake, version) | {"smoke": False, "version": "2025-05-29-real"}
     for entry in manifest["symbols"].values():
         data = own.lake.read(keys.model("models", version, entry["file"]))
         data = replace(Checkpoint.from_bytes(data, "test"), smoke=False).to_bytes()
+        entry["metrics"]["skill"] = True
         entry["sha256"] = registry.versions.hashlib.sha256(data).hexdigest()
         own.lake.write(keys.model("models", "2025-05-29-real", entry["file"]), data)
     own.lake.write_json(keys.model("models", "2025-05-29-real", "manifest.json"), manifest)

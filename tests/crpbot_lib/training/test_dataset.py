@@ -14,7 +14,7 @@ from crpbot_lib.training.errors import PermanentTrainingError
 
 START = datetime(2025, 5, 5, tzinfo=UTC)
 MINUTE = 60_000_000
-CONFIG = TrainConfig(sequence=10, horizon=5, embargo=20, validation_fraction=0.25)
+CONFIG = TrainConfig(sequence=10, horizon=5, embargo=20, validation_fraction=0.25, test_fraction=0.25)
 
 
 def synthetic(minutes: list[int], seed: int = 0) -> pl.DataFrame:
@@ -51,21 +51,23 @@ def test_a_label_across_an_outage_is_unknown() -> None:
     assert found.tolist() == [UP, UP, UNKNOWN, UNKNOWN, UP, UP, UNKNOWN, UNKNOWN]
 
 
-def test_no_window_and_no_label_spans_an_outage_or_the_split() -> None:
+def test_no_window_and_no_label_spans_an_outage_or_a_border() -> None:
     present = [*range(0, 200), *range(230, 420), *range(421, 600)]
     frame = synthetic(present)
 
     data = build("X", frame, ("a", "b"), CONFIG, [])
 
-    border = (datetime.fromisoformat(data.split) - START) // timedelta(minutes=1)
+    first, second = ((datetime.fromisoformat(at) - START) // timedelta(minutes=1) for at in (data.split, data.test_split))
+    assert 200 < first < second < 500
     there = set(present)
-    for side in (data.train, data.validation):
-        assert len(side) > 50
-        for last in minute_of(frame, side):
+    for part in (data.train, data.validation, data.test):
+        assert len(part) > 50
+        for last in minute_of(frame, part):
             needed = range(last - CONFIG.sequence + 1, last + CONFIG.horizon + 1)
             assert there.issuperset(needed), f"the window that ends at minute {last} reaches over an outage"
-    assert minute_of(frame, data.train).max() + CONFIG.horizon < border
-    assert minute_of(frame, data.validation).min() - CONFIG.sequence + 1 >= border + CONFIG.embargo
+    for earlier, later, border in ((data.train, data.validation, first), (data.validation, data.test, second)):
+        assert minute_of(frame, earlier).max() + CONFIG.horizon < border
+        assert minute_of(frame, later).min() - CONFIG.sequence + 1 >= border + CONFIG.embargo
 
 
 def test_every_row_that_may_be_used_is_used() -> None:
@@ -73,25 +75,51 @@ def test_every_row_that_may_be_used_is_used() -> None:
 
     data = build("X", frame, ("a", "b"), CONFIG, [])
 
-    assert (data.train[0], data.train[-1]) == (9, 294), "from the first whole window to the last label before row 300"
-    assert (data.validation[0], data.validation[-1]) == (329, 394), "from split + embargo + window to the last label"
-    assert data.counts["at_split"] == 329 - 294 - 1
+    assert (data.train[0], data.train[-1]) == (9, 194), "from the first whole window to the last label before row 200"
+    assert (data.validation[0], data.validation[-1]) == (229, 294), (
+        "from border + embargo + window to the last label before row 300"
+    )
+    assert (data.test[0], data.test[-1]) == (329, 394), "from border + embargo + window to the last label"
+    assert data.counts["at_split"] == (229 - 194 - 1) + (329 - 294 - 1)
     assert data.counts["without_label"] == 5
     assert data.counts["without_window"] == 9
+
+
+def test_each_row_carries_its_minute_and_its_close() -> None:
+    frame = synthetic([*range(0, 200), *range(230, 600)])
+
+    data = build("X", frame, ("a", "b"), CONFIG, [])
+
+    at = data.test[17]
+    assert datetime.fromtimestamp(data.timestamps[at] / 1e6, UTC) == frame["timestamp"][int(at)]
+    assert data.close.tolist() == frame["close"].to_list()
+    assert data.labels[at] == float(data.close[at + CONFIG.horizon] > data.close[at])
+
+
+def test_a_window_lies_in_memory_in_one_piece() -> None:
+    data = build("X", synthetic(list(range(400))), ("a", "b"), CONFIG, [])
+
+    assert data.values[100:110].flags.c_contiguous
+
+
+def test_shares_that_leave_nothing_to_train_on_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"validation_fraction 0\.5 and test_fraction 0\.5 leave no rows to train on"):
+        TrainConfig(validation_fraction=0.5, test_fraction=0.5)
 
 
 def test_a_filled_minute_stands_in_windows_and_is_no_anchor() -> None:
     """It is there because a trade came later; live refuses such a minute."""
     frame = synthetic(list(range(400)))
-    filled = [("2025-05-05T00:50Z", 3), ("2025-05-05T05:40Z", 1), ("2025-05-05T09:00Z", 2)]
+    filled = [("2025-05-05T00:50Z", 3), ("2025-05-05T04:00Z", 1), ("2025-05-05T05:40Z", 1), ("2025-05-05T09:00Z", 2)]
 
     plain, data = build("X", frame, ("a", "b"), CONFIG, []), build("X", frame, ("a", "b"), CONFIG, filled)
 
     assert set(plain.train) - set(data.train) == {50, 51, 52}
-    assert set(plain.validation) - set(data.validation) == {340}
+    assert set(plain.validation) - set(data.validation) == {240}
+    assert set(plain.test) - set(data.test) == {340}
     assert set(data.train) <= set(plain.train)
     assert 55 in data.train, "its window holds the filled minutes"
-    assert (plain.counts["filled"], data.counts["filled"]) == (0, 4), "of the minutes that have a row"
+    assert (plain.counts["filled"], data.counts["filled"]) == (0, 5), "of the minutes that have a row"
     assert data.counts["at_split"] == plain.counts["at_split"]
 
 
@@ -107,14 +135,14 @@ def test_equal_prices_are_dropped_and_counted() -> None:
 
 def test_the_scaler_knows_the_training_rows_only() -> None:
     frame = synthetic(list(range(400)))
-    spoiled = frame.with_columns(b=pl.when(pl.col("a") > 294).then(1e6).otherwise("b").cast(pl.Float32))
+    spoiled = frame.with_columns(b=pl.when(pl.col("a") > 194).then(1e6).otherwise("b").cast(pl.Float32))
 
     data, other = build("X", frame, ("a", "b"), CONFIG, []), build("X", spoiled, ("a", "b"), CONFIG, [])
 
     assert data.scaler.mean.tolist() == other.scaler.mean.tolist()
     assert data.scaler.scale.tolist() == other.scaler.scale.tolist()
-    assert data.scaler.mean[0] == pytest.approx(np.arange(295).mean())
-    assert data.scaler.scale[0] == pytest.approx(np.arange(295).std())
+    assert data.scaler.mean[0] == pytest.approx(np.arange(195).mean())
+    assert data.scaler.scale[0] == pytest.approx(np.arange(195).std())
 
 
 def test_a_constant_feature_is_centred_and_a_far_value_is_cut() -> None:
@@ -125,7 +153,7 @@ def test_a_constant_feature_is_centred_and_a_far_value_is_cut() -> None:
 
 
 def test_too_few_rows_say_so() -> None:
-    with pytest.raises(PermanentTrainingError, match=r"X: 60 rows give .* training and 0 validation windows.*more days"):
+    with pytest.raises(PermanentTrainingError, match=r"X: 60 rows give .* training, 0 validation and 0 test windows.*more days"):
         build("X", synthetic(list(range(60))), ("a", "b"), CONFIG, [])
 
 

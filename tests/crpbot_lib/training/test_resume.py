@@ -33,7 +33,7 @@ LONG = {"max_steps": None, "epochs": EPOCHS, "layers": 2, "dropout": 0.3}
 
 # --- the loop ----------------------------------------------------------------------------------------------------------------
 
-CONFIG = TrainConfig(sequence=6, layers=2, hidden=4, dropout=0.3, epochs=3, batch_size=32)
+CONFIG = TrainConfig(sequence=6, layers=2, hidden=4, dropout=0.3, epochs=3, batch_size=32, window_stride=1)
 PER_EPOCH = 5
 STEPS = 3 * PER_EPOCH
 
@@ -45,7 +45,19 @@ def data() -> Dataset:
     values = rng.normal(size=(200, 3)).astype(np.float32)
     anchors = np.arange(5, 195)
     scaler = Scaler(np.zeros(3, np.float32), np.ones(3, np.float32), 10.0)
-    return Dataset(values, (values[:, 0] > 0).astype(np.float32), anchors[:145], anchors[150:], scaler, {}, "later")
+    return Dataset(
+        values=values,
+        labels=(values[:, 0] > 0).astype(np.float32),
+        timestamps=np.arange(200) * 60_000_000,
+        close=np.ones(200),
+        train=anchors[:145],
+        validation=anchors[150:170],
+        test=anchors[170:],
+        scaler=scaler,
+        counts={},
+        split="later",
+        test_split="last",
+    )
 
 
 class Loop:
@@ -96,7 +108,8 @@ def assert_same(trained: Trained, expected: Trained) -> None:
     assert trained.weights.keys() == expected.weights.keys()
     for name, tensor in expected.weights.items():
         assert torch.equal(trained.weights[name], tensor), name
-    assert np.array_equal(trained.validation, expected.validation)
+    assert np.array_equal(trained.validation_logits, expected.validation_logits)
+    assert np.array_equal(trained.test_logits, expected.test_logits)
     assert (trained.steps, trained.epochs, trained.train_loss) == (expected.steps, expected.epochs, expected.train_loss)
 
 
@@ -120,6 +133,36 @@ def test_stopped_after_every_single_step_the_weights_are_still_the_same(data: Da
             loop.run(step)
     assert_same(loop.run(), uninterrupted)
     assert [step for _, step in loop.kept] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+def test_with_a_stride_the_offset_of_the_epoch_is_gone_on_with(data: Dataset, stop_at: int) -> None:
+    config = CONFIG.model_copy(update={"window_stride": 3})
+    expected = Loop(data, config).run()
+    assert expected.steps == 6
+    loop = Loop(data, config)
+    with pytest.raises(Interrupted):
+        loop.run(stop_at)
+    assert_same(loop.run(), expected)
+
+
+def test_the_loss_scale_is_gone_on_with(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as on a GPU; it grows every fourth step
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, **_: real(device, init_scale=8.0, growth_interval=4))
+
+    def scale(loop: Loop) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(io.BytesIO(loop.last), weights_only=True)["loss_scale"]
+        return state
+
+    whole, parts = Loop(data), Loop(data)
+    expected = whole.run()
+    for step in range(1, STEPS):
+        with pytest.raises(Interrupted):
+            parts.run(step)
+        assert (scale(parts)["scale"], scale(parts)["_growth_tracker"]) == (8.0 * 2 ** (step // 4), step % 4)
+    assert_same(parts.run(), expected)
+    assert scale(parts) == scale(whole)
 
 
 def test_stopped_after_the_last_step_only_the_judging_is_left(data: Dataset, uninterrupted: Trained) -> None:
