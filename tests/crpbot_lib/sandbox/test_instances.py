@@ -122,8 +122,9 @@ def test_the_deadline_switches_off_whatever_the_job_does(cloud: Any) -> None:
 
 def test_a_later_schedule_replaces_an_earlier_one_and_c_cancels(cloud: Any) -> None:
     script = (
-        "#!/bin/bash\nshutdown -h +1\nshutdown -h +1000\nsleep 1\necho replaced\n"
-        "shutdown -P +1\nshutdown -c\nsleep 1\necho cancelled\n"
+        # two seconds are time enough for the next command, however busy the machine is
+        "#!/bin/bash\nshutdown -h +4\nshutdown -h +1000\nsleep 2.5\necho replaced\n"
+        "shutdown -P +4\nshutdown -c\nsleep 2.5\necho cancelled\n"
     )
     instance = cloud.launch(script)
     console = cloud.finish(instance)
