@@ -390,7 +390,7 @@ def main() -> None:
         f"training: loader, {TrainConfig().sequence} x {FEATURES} SYNTHETIC, one thread, median of {options.rounds}": race_loaders(
             options.rounds, options.loader_windows
         ),
-        f"training: one step against the plain way, {small.layers} x {small.hidden}, SYNTHETIC": compare_step(device, small),
+        f"training: one step against the plain way, {config.layers} x {config.hidden}, SYNTHETIC": compare_step(device, config),
     }
     if on_gpu or options.cpu_trial:
         trial = "" if on_gpu else ", TRIAL of a tiny network on a CPU"

@@ -68,7 +68,7 @@ class TrainConfig(_Model):
     @classmethod
     def for_smoke(cls) -> TrainConfig:
         """Seconds on a CPU: it proves that the path works, never that the model does."""
-        return cls(layers=1, hidden=16, dropout=0.0, max_steps=30, batch_size=128, window_stride=1)
+        return cls(layers=1, hidden=16, dropout=0.0, max_steps=30, batch_size=128, learning_rate=3e-3, window_stride=1)
 
 
 class FeatureFile(_Model):

@@ -187,11 +187,12 @@ def _verdict(test: Scores, horizon: int, level: float) -> dict[str, Any]:
         gains = [interval(test.hits - (test.up == side), test.timestamps, horizon, level) for side in (False, True)]
     except NoIntervalError as none:
         return {"gain": None, "gain_low": None, "gain_high": None, "skill": None, "verdict": f"no verdict: {none}"}
-    least = min(gains, key=lambda gain: gain.low)
-    skill = least.low > 0
-    points = f"{100 * least.value:.1f} points of accuracy ({100 * least.low:.1f} to {100 * least.high:.1f} at {100 * level:g} %)"
+    # of the smaller of the two gains: above 0 only if both are, and no greater than either
+    value, low, high = (min(bound) for bound in zip(*((g.value, g.low, g.high) for g in gains), strict=True))
+    skill = low > 0
+    points = f"{100 * value:z.1f} points of accuracy ({100 * low:z.1f} to {100 * high:z.1f} at {100 * level:g} %)"
     words = f"better than the base rate by {points}" if skill else f"no skill shown: {points} against the base rate"
-    return {"gain": least.value, "gain_low": least.low, "gain_high": least.high, "skill": skill, "verdict": words}
+    return {"gain": value, "gain_low": low, "gain_high": high, "skill": skill, "verdict": words}
 
 
 def _no_gain(words: str) -> dict[str, Any]:

@@ -101,6 +101,18 @@ def test_a_drift_that_turned_is_no_skill() -> None:
     assert found["skill"] is False
 
 
+@pytest.mark.parametrize("share_up", [0.4, 0.5, 0.6])
+def test_the_gain_is_against_the_side_that_came_more_often_however_uncertain_the_other(share_up: float) -> None:
+    """In few rows of a drifting market the gain over the rarer side is large, and far less certain."""
+    rng = np.random.default_rng(1)
+    up = np.repeat(rng.random(40) < share_up, 15)[:580]
+    found = evaluated(scores(np.where(rng.random(580) < 0.98, 1, -1) * rng.uniform(0.05, 0.3, 580) * np.sign(share_up - 0.45), up))
+
+    assert found["gain"] == pytest.approx(found["accuracy"] - found["majority_accuracy"])
+    assert found["gain_low"] < found["gain"] < found["gain_high"]
+    assert f"{100 * found['gain']:.1f} points" in found["verdict"]
+
+
 def test_a_few_lucky_rows_get_no_interval_and_no_verdict() -> None:
     rng = np.random.default_rng(0)
     found = evaluated(scores(rng.normal(0, 1, 200), rng.random(200) < 0.5))
