@@ -82,6 +82,10 @@ class NoCapacityError(GpuError):
     """Every candidate was refused for want of capacity; a later try may succeed."""
 
 
+class JobDoneError(GpuError):
+    """The run's job has succeeded, and its instance has ended: another one would only repeat it."""
+
+
 class LaunchUnresolvedError(GpuError):
     """EC2 did not say whether it launched the instance; the next try asks with the same token."""
 
@@ -174,14 +178,16 @@ def ensure_instance(
     dag: str = "",
     dag_run: str = "",
     replace: Callable[[Instance], bool] = lambda _: False,
+    done: Callable[[], bool] = lambda: False,
     now: Callable[[], datetime] = UTC_NOW,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Instance:
     """The living instance of ``run``, launched if there is none. Safe to call again, from anywhere, at any time.
 
     ``replace`` says of a living instance whether its job has already failed; such a one, and one past its deadline, is terminated
-    first and a new generation begins. Raises LaunchRefusedError (another try fails too), NoCapacityError or LaunchUnresolvedError
-    (a later try may succeed).
+    first and a new generation begins. ``done`` says whether the run's job has succeeded. It is asked after the look for a living
+    instance, since a job says so before its instance ends. Raises JobDoneError then, LaunchRefusedError (another try fails
+    too), NoCapacityError or LaunchUnresolvedError (a later try may succeed).
     """
     alive = instances.find(ec2, gpu.project_tag, run, instances.ALIVE, lake=lake)
     # read after the look: a record is older than its instance, so none that was seen can be of a later launch than the last record
@@ -198,6 +204,8 @@ def ensure_instance(
             return current
         terminate_run(ec2, lake, gpu, run, generation=current.generation, now=now, sleep=sleep)
 
+    if done():
+        raise JobDoneError(f"{run} has been trained already: nothing is launched")
     asked_by = (dag, dag_run)
     record, replayed = _open_record(ec2, lake, gpu, run, asked_by, now)
     while True:
@@ -239,6 +247,8 @@ def ensure_instance(
             continue
         if launched.state in instances.ENDING:
             # the recorded launch is one that has ended since: the token hands the dead instance back
+            if done():
+                raise JobDoneError(f"{run} has been trained meanwhile: nothing more is launched")
             record, replayed = _new_generation(ec2, lake, gpu, run, record, asked_by, now), False
             continue
         return launched

@@ -35,7 +35,8 @@ def _ec2_hook() -> EC2Hook:
     return EC2Hook(aws_conn_id=gpu.aws_conn_id, region_name=gpu.region, api_type="client_type")
 
 
-def _ensure(context: Context, run: str) -> Instance:
+def _ensure(context: Context, run: str) -> Instance | None:
+    """The run's instance; None where its job has succeeded, and a task runs once more after its instance has ended."""
     current = settings()
     lake = Lake(current.lake)
     dag_run = context["dag_run"]
@@ -48,17 +49,13 @@ def _ensure(context: Context, run: str) -> Instance:
             dag=dag_run.dag_id,
             dag_run=dag_run.run_id,
             replace=watch.job_failed(lake, current.gpu, run),
+            done=lambda: watch.job_succeeded(lake, run),
         )
+    except launch.JobDoneError as done:
+        log.info("%s", done)
+        return None
     except launch.LaunchRefusedError as error:
         raise AirflowFailException(str(error)) from error
-
-
-def _already_trained(run: str) -> bool:
-    """Whether another instance would repeat what is done: a task may run again after the job has ended and its instance too."""
-    done = watch.job_succeeded(Lake(settings().lake), run)
-    if done:
-        log.info("%s is trained already: its last job succeeded, nothing is launched", run)
-    return done
 
 
 class LaunchTrainingInstance(EC2CreateInstanceOperator):
@@ -76,9 +73,9 @@ class LaunchTrainingInstance(EC2CreateInstanceOperator):
         self.run = run
 
     def execute(self, context: Context) -> dict[str, str]:
-        if _already_trained(self.run):
-            return {"run": self.run}
         instance = _ensure(context, self.run)
+        if instance is None:
+            return {"run": self.run}
         EC2InstanceDashboardLink.persist(
             context=context,
             operator=self,
@@ -108,9 +105,9 @@ class TrainOnInstance(BaseOperator):
         self.run = run
 
     def execute(self, context: Context) -> dict[str, Any]:
-        if _already_trained(self.run):
-            return {"verdict": "succeeded", "message": "training had succeeded before this try", "permanent": False}
         instance = _ensure(context, self.run)
+        if instance is None:
+            return {"verdict": "succeeded", "message": "training had succeeded before this try", "permanent": False}
         gpu = settings().gpu
         self.log.info("following %s on %s (generation %d)", self.run, instance.id, instance.generation)
         self.defer(

@@ -295,6 +295,48 @@ def test_after_an_instance_has_ended_a_new_generation_is_a_new_instance(ec2: Any
     assert len(tokens) == 2
 
 
+def test_a_job_that_succeeds_while_a_task_looks_for_its_instance_is_not_done_again(
+    ec2: Any, gpu: GpuSettings, lake: Lake, run: str
+) -> None:
+    """The job says so before its instance ends: whoever finds none alive asks then, and not before it looks."""
+    launch.ensure_instance(ec2, lake, gpu, run)
+    asked: list[int] = []
+
+    def done() -> bool:
+        asked.append(len(alive(ec2, gpu, run)))
+        return True
+
+    assert launch.ensure_instance(ec2, lake, gpu, run, done=done).state in instances.ALIVE
+    assert asked == [], "a living instance is what was asked for"
+    terminate_run(ec2, lake, gpu, run)
+    with pytest.raises(launch.JobDoneError, match=f"{run} has been trained already"):
+        launch.ensure_instance(ec2, lake, gpu, run, done=done)
+    assert asked == [0]
+    assert len(launch.records(lake, run)) == 1
+
+
+def test_a_job_that_succeeds_between_the_look_and_the_launch_is_not_done_again(
+    ec2: Any, gpu: GpuSettings, lake: Lake, cloud: Sandbox, run: str
+) -> None:
+    first = launch.ensure_instance(ec2, lake, gpu, run)
+    answers = iter([False, True])
+
+    def done() -> bool:
+        if said := next(answers):
+            return said
+        # it ends right after it was looked for
+        cloud.runner.get(first.id).terminate()
+        return said
+
+    cloud.aws.invisible_seconds = 3600.0
+    try:
+        with pytest.raises(launch.JobDoneError, match="trained meanwhile"):
+            launch.ensure_instance(ec2, lake, gpu, run, done=done)
+    finally:
+        cloud.aws.invisible_seconds = 0.0
+    assert len(launch.records(lake, run)) == 1
+
+
 def test_an_instance_whose_job_has_failed_is_replaced(ec2: Any, gpu: GpuSettings, lake: Lake, run: str) -> None:
     first = launch.ensure_instance(ec2, lake, gpu, run)
     second = launch.ensure_instance(ec2, lake, gpu, run, replace=lambda i: i.id == first.id)

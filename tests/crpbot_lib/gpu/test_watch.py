@@ -335,9 +335,11 @@ def test_the_tasks_launch_nothing_for_a_run_that_is_trained(
     status(lake, run, "succeeded")
     terminate_run(ec2, lake, gpu, run)
     code = (
+        "from types import SimpleNamespace\n"
         "from crpbot_airflow.operators import LaunchTrainingInstance, TrainOnInstance\n"
-        f"print(LaunchTrainingInstance(task_id='launch', run={run!r}).execute({{}}))\n"
-        f"print(TrainOnInstance(task_id='train', run={run!r}).execute({{}})['verdict'])\n"
+        "context = {'dag_run': SimpleNamespace(dag_id='retrain', run_id='r')}\n"
+        f"print(LaunchTrainingInstance(task_id='launch', run={run!r}).execute(context))\n"
+        f"print(TrainOnInstance(task_id='train', run={run!r}).execute(context)['verdict'])\n"
     )
     done = airflow(code, lake, tmp_path)
     output, _ = done.communicate(timeout=120)
