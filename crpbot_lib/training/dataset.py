@@ -179,7 +179,7 @@ def build(
     usable = window & (label >= DOWN) & ~no_trade
     shares = (config.validation_fraction + config.test_fraction, config.test_fraction)
     # each border is a row: at least one lies behind it
-    split_row, test_row = (min(int(frame.height * (1 - share)), frame.height - 1) for share in shares)
+    split_row, test_row = (min(round(frame.height * (1 - share)), frame.height - 1) for share in shares)
     train = validation = test = np.empty(0, dtype=np.int64)
     if frame.height:
         train, validation, test = split_anchors(timestamps, usable, (split_row, test_row), config)

@@ -152,6 +152,14 @@ def test_a_constant_feature_is_centred_and_a_far_value_is_cut() -> None:
     assert scaler.transform(np.array([[5.0, 1e9], [6.0, 2.0]], dtype=np.float32)).tolist() == [[0.0, 10.0], [1.0, 0.0]]
 
 
+def test_two_days_are_enough_for_a_smoke_run() -> None:
+    data = build("X", synthetic(list(range(2 * 1440))), ("a", "b"), TrainConfig.for_smoke(), [])
+
+    assert len(data.train) > 1900
+    # of its share: without embargo, first window, and labels that end later
+    assert len(data.validation) == len(data.test) == 432 - 60 - 59 - 15
+
+
 def test_too_few_rows_say_so() -> None:
     with pytest.raises(PermanentTrainingError, match=r"X: 60 rows give .* training, 0 validation and 0 test windows.*more days"):
         build("X", synthetic(list(range(60))), ("a", "b"), CONFIG, [])
