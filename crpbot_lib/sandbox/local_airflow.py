@@ -139,6 +139,13 @@ class LocalAirflow:
         child.kill()
         child.wait(timeout=30)
 
+    def restart_dead(self) -> list[str]:
+        """Starts the components anew that have died by themselves, as a service manager would; their names."""
+        dead = [name for name, child in self._children.items() if child.poll() is not None]
+        for name in dead:
+            self.start_component(name)
+        return dead
+
     def stop(self) -> None:
         """Ends every component and whatever they started; idempotent."""
         try:

@@ -1,8 +1,8 @@
 """The fault matrix: real runs of ``retrain`` in a real Airflow, each struck at a point by a fault, and what became of its instance.
 
-Runs of a batch go side by side, each held by the local cloud at its phase (``crpbot_lib/sandbox/holds.py``) until the fault has
-struck. Then nothing is held any more, and the matrix waits until the run has ended and none of its instances is alive. Who ended
-an instance is what EC2 knows: its own power-off or deadline, or the caller of TerminateInstances.
+Runs go side by side, each held by the local cloud at its phase (``crpbot_lib/sandbox/holds.py``) until the fault has struck. Then it
+is let go, and the matrix waits until it has ended and none of its instances is alive. Who ended an instance is what EC2 knows: its
+own power-off or deadline, or the caller of TerminateInstances.
 
 Clocks are shortened: heartbeats of tasks 20 s, of the job 30 s, reaper and dead-man's switch every 20 s, deadlines 120 s.
 """
@@ -189,6 +189,11 @@ class Deployment:
             airflow.unpause(dag)
         self.say(f"Airflow is up at {airflow.url}")
 
+    def restart_dead(self) -> None:
+        """What a fault has made die of itself is started again, as every deployment does."""
+        if self._airflow is not None and (dead := self._airflow.restart_dead()):
+            self.say(f"died and were started anew: {', '.join(dead)}")
+
     def write_timeout(self, seconds: int) -> None:
         """The DAG with the ``dagrun_timeout`` that it must not have."""
         text = (REPOSITORY / "dags" / "retrain.py").read_text()
@@ -269,6 +274,7 @@ def run_together(deployment: Deployment, batch: Sequence[Cell]) -> Iterator[Resu
         struck.at = datetime.now(UTC)
     _strike_all(deployment, open_)
     while open_:
+        deployment.restart_dead()
         for struck in list(open_):
             if result := _end_of(deployment, struck):
                 open_.remove(struck)
