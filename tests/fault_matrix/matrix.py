@@ -1,8 +1,8 @@
 """The fault matrix: real runs of ``retrain`` in a real Airflow, each struck at a point by a fault, and what became of its instance.
 
-Runs go side by side, each held by the local cloud at its phase (``crpbot_lib/sandbox/holds.py``) until the fault has struck. Then it
-is let go, and the matrix waits until it has ended and none of its instances is alive. Who ended an instance is what EC2 knows: its
-own power-off or deadline, or the caller of TerminateInstances.
+Runs go side by side, each held by the local cloud at its phase (``crpbot_lib/sandbox/holds.py``) until the fault has struck. Then
+it is let go, and the matrix waits until it has ended and none of its instances is alive. Who ended an instance is what EC2 knows:
+its own power-off or deadline, or the caller of TerminateInstances.
 
 Clocks are shortened: heartbeats of tasks 20 s, of the job 30 s, reaper and dead-man's switch every 20 s, deadlines 120 s.
 """
