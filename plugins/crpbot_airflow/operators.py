@@ -169,7 +169,8 @@ class ReapInstances(BaseOperator):
             if not dag or not dag_run:
                 return None
             try:
-                return str(ti.get_dagrun_state(dag_id=dag, run_id=dag_run)) in ("success", "failed")
+                # an enum that equals its value; its str() is "DagRunState.FAILED"
+                return ti.get_dagrun_state(dag_id=dag, run_id=dag_run) in ("success", "failed")
             except Exception as error:
                 # whatever the reason, unknown is not ended: the deadline decides, and the log says why
                 self.log.warning("state of %s/%s unknown (%s); only the deadline counts for %s", dag, dag_run, error, instance.id)

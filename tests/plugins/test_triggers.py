@@ -104,17 +104,3 @@ def test_a_restarted_triggerer_makes_the_same_trigger_again() -> None:
     path, arguments = TrainingJobTrigger(run="run-a", generation=2).serialize()
     assert path == "crpbot_airflow.triggers.TrainingJobTrigger"
     assert TrainingJobTrigger(**arguments).serialize() == (path, arguments)
-
-
-def test_the_event_of_another_run_ends_no_task() -> None:
-    """Airflow on SQLite can resume a task with it: the id of a deleted trigger is given to the next one."""
-    from airflow.sdk.exceptions import AirflowException, AirflowFailException
-
-    from crpbot_airflow.operators import TrainOnInstance
-
-    task = TrainOnInstance(task_id="train", run="run-b")
-    event = {"run": "run-a", "generation": 1, "verdict": "succeeded", "message": "done", "permanent": False}
-    with pytest.raises(AirflowException, match="run-b: the event is of run-a") as refused:
-        task.execute_complete({}, event)
-    assert not isinstance(refused.value, AirflowFailException), "another try follows the run anew"
-    assert task.execute_complete({}, {**event, "run": "run-b"})["verdict"] == "succeeded"
