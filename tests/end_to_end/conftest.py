@@ -121,7 +121,7 @@ def _environment(cloud: dict[str, str], secret: dict[str, str], config: Path) ->
 
 @pytest.fixture(scope="package")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Ends with the file that asked for it: an Airflow that idles takes a good part of a core from the tests after it."""
+    """One for this folder; ends with it: an Airflow that idles takes a good part of a core from the tests after it."""
     state = tmp_path_factory.mktemp("deployment")
     marker = f"test-{uuid.uuid4().hex}"
     secret = _secrets()
@@ -148,7 +148,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     assert processes.processes_with_marker(processes.MARKER, marker) == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def trained(deployment: Deployment) -> dict[str, Any]:
     """Two days fetched, then one whole retraining, watched while it ran."""
     airflow = deployment.airflow

@@ -9,7 +9,7 @@ import pytest
 from tests.fault_matrix import cells
 from tests.fault_matrix.matrix import LONGEST_LIFE, run_matrix
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(3000)]
 
 
 def test_whatever_fails_and_whenever_no_instance_is_left_and_none_outlives_its_deadline(tmp_path: Path, proof: list[str]) -> None:

@@ -40,7 +40,7 @@ LOOK_SECONDS = 20
 SHUTDOWN_SECONDS = 1.5
 LONGEST_LIFE = LIFETIME_MINUTES * 60 + LOOK_SECONDS + SHUTDOWN_SECONDS
 """Seconds from the launch by which a layer has asked for the end of any instance, and EC2 has carried it out."""
-APPROACH_SECONDS, END_SECONDS = 400, 600
+APPROACH_SECONDS, END_SECONDS = 900, 600
 """How long a run may take to its phase, and to its end after the fault, on a busy machine."""
 HELD_AFTER_SECONDS = 8.0
 """Airflow hears of a mark or a clear at the task's next heartbeat, which comes every 5 s: until then the task is held."""
