@@ -121,12 +121,14 @@ def _boot(machine: Machine) -> NoReturn:
         # no right to namespaces here: orphans of the instance become our children, so that they are still found and ended
         libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     boot_pid = os.getpid()
+    first = 0
 
     def end_all(_signum: int, _frame: object) -> NoReturn:
-        # until no child is left: what a killed process had just forked is in no list; it becomes ours, or ends with its namespace
+        # until no child is left: what a killed process had just forked is in no list; it becomes ours, or ends with its namespace,
+        # whose first process is all that we see of it: /proc is its own
         with contextlib.suppress(ChildProcessError):
             while True:
-                send(descendants(boot_pid), signal.SIGKILL)
+                send([first] if isolated and first else descendants(boot_pid), signal.SIGKILL)
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
                 time.sleep(0.01)
