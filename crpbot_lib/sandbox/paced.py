@@ -20,7 +20,8 @@ def main() -> int:
 
     from crpbot_lib.training import __main__ as training
 
-    seconds = float(sys.argv[1])
+    # what is left is the job's own command line
+    seconds = float(sys.argv.pop(1))
     # the address of this instance's metadata service names the instance
     question = urllib.request.Request(
         os.environ[_METADATA].replace("/metadata/", "/instances/") + "/held",
