@@ -474,9 +474,11 @@ def _tagged_run(form: Form) -> str:
 
 
 def _published_run(environ: Environ) -> str:
-    """The run whose trained model S3 is asked for."""
-    match = re.fullmatch(r".*/training-runs/([^/]+)/[^/]+/model\.pt", environ.get("PATH_INFO", ""))
-    return match.group(1) if match and environ.get("REQUEST_METHOD") == "GET" else ""
+    """The run whose model S3 is to store as a published one: published models carry it as an object tag."""
+    if environ.get("REQUEST_METHOD") != "PUT" or "/models/" not in environ.get("PATH_INFO", ""):
+        return ""
+    tags: dict[str, str] = dict(parse_qsl(environ.get("HTTP_X_AMZ_TAGGING", "")))
+    return tags.get("run", "")
 
 
 def _s3_error(code: str) -> Answer:

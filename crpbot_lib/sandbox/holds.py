@@ -19,7 +19,7 @@ Point = Literal["look", "launched", "boot", "pull", "step", "publish", "terminat
 * ``boot``: the instance stays ``pending``
 * ``pull``: its ``docker pull`` does not return
 * ``step``: each step of its training takes so much longer as ``--step-seconds`` says
-* ``publish``: S3's GetObject of a model in ``training-runs/``, before it is answered
+* ``publish``: S3's PutObject of a model under ``models/`` that is tagged with the run, before it is carried out
 * ``terminate``: TerminateInstances of an instance of the run, before it is carried out
 * ``power-off``: its ``shutdown -h now`` does not return; the deadline is not held
 """

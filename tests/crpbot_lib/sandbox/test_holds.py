@@ -165,18 +165,22 @@ def test_a_termination_is_held_before_it_is_carried_out(cloud: Any, held: Callab
     cloud.wait_for_state(instance, "terminated")
 
 
-def test_the_reading_of_a_trained_model_is_held_and_of_another_runs_is_not(cloud: Any, held: Callable[..., str]) -> None:
+def test_the_publication_of_a_model_is_held_and_of_another_runs_is_not(cloud: Any, held: Callable[..., str]) -> None:
     run = held("publish")
     bucket = cloud.env["CRPBOT_LAKE"].removeprefix("s3://")
-    for name in (run, "another"):
-        cloud.s3.put_object(Bucket=bucket, Key=f"training-runs/{name}/ETH-USD/model.pt", Body=b"weights")
     session = boto3.session.Session(cloud.env["AWS_ACCESS_KEY_ID"], cloud.env["AWS_SECRET_ACCESS_KEY"])
     s3 = session.client("s3", endpoint_url=cloud.env["AWS_ENDPOINT_URL"], region_name=cloud.env["AWS_REGION"])
-    read = Beside(lambda: s3.get_object(Bucket=bucket, Key=f"training-runs/{run}/ETH-USD/model.pt")["Body"].read())
+
+    def publish(name: str) -> Any:
+        return s3.put_object(Bucket=bucket, Key=f"models/v-{name}/model.pt", Body=b"weights", Tagging=f"gpu=none&run={name}")
+
+    storing = Beside(lambda: publish(run))
     cloud.wait_for(lambda: reached(cloud, run, "publish") == 1)
-    assert cloud.s3.get_object(Bucket=bucket, Key="training-runs/another/ETH-USD/model.pt")["Body"].read() == b"weights"
+    publish("another")
+    assert not storing.done
     release(cloud, run, "publish", error="AccessDenied")
-    assert read.get().response["Error"]["Code"] == "AccessDenied"
+    assert storing.get().response["Error"]["Code"] == "AccessDenied"
+    assert "Contents" not in cloud.s3.list_objects_v2(Bucket=bucket, Prefix=f"models/v-{run}/")
 
 
 @pytest.mark.parametrize(
