@@ -122,7 +122,7 @@ def _train_all(lake: Lake, spec: JobSpec, generation: int, since: int, status: S
 
     started = time.monotonic()
     log.info("run %s: %s on features version %s, image %s", spec.run, ", ".join(spec.symbols), spec.feature_version, spec.image)
-    device, gpu = select_device(spec, log)
+    device, gpu = select_device(spec, log, patiently(lambda: _launched_type(lake, spec.run, generation), log, notices.pause))
     status.gpu(gpu)
     for symbol in spec.symbols:
         check_catalog(symbol, spec.features[symbol])
@@ -145,11 +145,18 @@ def _train_all(lake: Lake, spec: JobSpec, generation: int, since: int, status: S
         log.error("run %s: no report: %s: %s", spec.run, type(error).__name__, error)
 
 
-def select_device(spec: JobSpec, log: ModelLog) -> tuple[torch.device, str | None]:
+def _launched_type(lake: Lake, run_id: str, generation: int) -> str | None:
+    """The instance type that the generation was launched as, by its last record; None where there is no record of it."""
+    launches = [lake.read_json(key) for key in lake.keys(keys.training_run(run_id, "launches/"))]
+    return next((str(one["instance_type"]) for one in reversed(launches) if one["generation"] == generation), None)
+
+
+def select_device(spec: JobSpec, log: ModelLog, instance_type: str | None = None) -> tuple[torch.device, str | None]:
     """The GPU and its name; the CPU and None for a smoke run on a machine without one.
 
     Raises PermanentTrainingError without CUDA (the rule is never to train locally, on CPU or GPU of one's own), and on a GPU that
-    none of the job's instance types has, or that cannot compute.
+    cannot compute or is not that of ``instance_type``; where the job does not know the type, or it is None, that none of the job's
+    types has.
     """
     import torch
 
@@ -168,10 +175,11 @@ def select_device(spec: JobSpec, log: ModelLog) -> tuple[torch.device, str | Non
     name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
     log.info("GPU: %s, %.1f GB, CUDA %s, torch %s", name, memory / 1e9, torch.version.cuda, torch.__version__)
     log.info("nvidia-smi: %s", _nvidia_smi())
-    if not spec.smoke and spec.gpus and not any(gpu.matches(name, memory) for gpu in spec.gpus):
+    expected = [gpu for gpu in spec.gpus if gpu.instance_type == instance_type] or spec.gpus
+    if not spec.smoke and expected and not any(gpu.matches(name, memory) for gpu in expected):
         raise PermanentTrainingError(
-            f"the GPU is {name} with {memory / 1e9:.1f} GB, expected {' or '.join(map(str, spec.gpus))}: no machine of this run is "
-            "like this one. Correct gpu.candidates (gpu, gpu_memory_gb), or look where the job was started"
+            f"the GPU is {name} with {memory / 1e9:.1f} GB, expected {' or '.join(map(str, expected))}: this run was launched on "
+            "no such machine. Correct gpu.candidates (gpu, gpu_memory_gb), or look where the job was started"
         )
     try:
         torch.ones(1024, device=device).sum().item()

@@ -331,6 +331,23 @@ def test_a_machine_that_the_run_was_not_launched_on_is_refused(features_lake: An
         training_job.select_device(spec, ModelLog(logging.getLogger("test"), smoke=False))
 
 
+def test_the_gpu_must_be_that_of_the_instance_type_that_was_launched(
+    features_lake: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = training.job_spec(settings(), features_lake.lake, "r", features_lake.version, SYMBOLS, smoke=False)
+    lake = Lake(tmp_path.as_uri())
+    training.write_job(lake, spec)
+    for sequence, generation, kind in ((1, 1, "g4dn.xlarge"), (2, 2, "g4dn.xlarge"), (3, 2, "g5.xlarge")):
+        lake.write_json(keys.launch("r", sequence), {"generation": generation, "instance_type": kind})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=15_600_000_000))
+
+    with pytest.raises(PermanentTrainingError, match=r"the GPU is Tesla T4 with 15\.6 GB, expected A10G with 24 GB \(g5"):
+        training_job.run(lake, "r", generation=2)
+    assert read_status(lake, "r")["permanent"]
+
+
 def test_a_gpu_that_does_not_compute_is_refused_before_anything_is_read(
     features_lake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
