@@ -1,8 +1,9 @@
 """Training a model: how fast the windows come, whether a step is the step it should be, and what a model costs on a GPU.
 
-* Loader: windows a second of one process on one CPU thread, ours (a view, indexed by the batch) against a ``Dataset`` of one sample
-  and a ``DataLoader``, as it is commonly written (``torch.tensor`` of the sample) and as fast as it gets (no copy before the
-  batch). The processes take turns; the seconds are the process's own, which a busy machine distorts least.
+* Loader: windows a second of one process on one CPU thread, ours (a view, indexed by the batch; float32 as on a CPU, float16 as on
+  a GPU) against a ``Dataset`` of one sample and a ``DataLoader``, as it is commonly written (``torch.tensor`` of the sample) and as
+  fast as it gets (no copy before the batch). The processes take turns; the seconds are the process's own, which a busy machine
+  distorts least.
 * Step: loss and gradients of one step of the trainer against the plain way of writing it, float32 on the device at hand; the plain
   way is a loop over samples. On a GPU also what float16 changes.
 * Model, on a GPU alone: samples a second, and seconds and dollars of a whole model, from some of its steps; the plain loop
@@ -45,7 +46,9 @@ from crpbot_lib.training.trainer import Progress, Snapshot, Trained, Windows, tr
 
 FEATURES = 73
 PLAIN_BATCH = 32
-LOADERS = {"ours": 1024, "DataLoader, common": PLAIN_BATCH, "DataLoader, fastest": PLAIN_BATCH}
+OURS = {"ours, float16": torch.float16, "ours, float32": torch.float32}
+COMMON = "DataLoader, common"
+LOADERS = {**dict.fromkeys(OURS, 1024), COMMON: PLAIN_BATCH, "DataLoader, fastest": PLAIN_BATCH}
 """Name and batch."""
 ROUND_SECONDS = 2.0
 TOLERANCE = 1e-4
@@ -113,13 +116,13 @@ class Samples(SampleDataset[tuple[Tensor, Tensor]]):
 
 def batches(name: str, data: Dataset, sequence: int) -> Iterator[Tensor]:
     """Shuffled batches of windows, epoch after epoch."""
-    if name == "ours":
-        windows, anchors = Windows(data, sequence, torch.device("cpu")), torch.from_numpy(data.train)
+    if name in OURS:
+        windows, anchors = Windows(data, sequence, torch.device("cpu"), OURS[name]), torch.from_numpy(data.train)
         while True:
             for batch in torch.split(anchors[torch.randperm(len(anchors))], LOADERS[name]):
                 yield windows(batch)[0]
     while True:
-        samples = Samples(data, sequence, copied=name == "DataLoader, common")
+        samples = Samples(data, sequence, copied=name == COMMON)
         for rows, _ in DataLoader(samples, batch_size=LOADERS[name], shuffle=True):
             yield rows
 
@@ -149,9 +152,9 @@ def race_loaders(rounds: int, windows: int) -> list[Row]:
         process.communicate()
     rows = []
     for name, each in runs.items():
-        ratios = [one["windows/cpu s"] / ours["windows/cpu s"] for one, ours in zip(each, runs["ours"], strict=True)]
+        ratios = [one["windows/cpu s"] / common["windows/cpu s"] for one, common in zip(each, runs[COMMON], strict=True)]
         medians = {unit: statistics.median(one[unit] for one in each) for unit in each[0]}
-        rows.append({"loader": name, "batch": LOADERS[name], **medians, "ours is x": 1 / statistics.median(ratios)})
+        rows.append({"loader": name, "batch": LOADERS[name], **medians, "x common": statistics.median(ratios)})
     return rows
 
 

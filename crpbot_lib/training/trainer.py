@@ -104,11 +104,12 @@ def train(
     """
     torch.manual_seed(config.seed)
     shuffle = torch.Generator().manual_seed(config.seed)
-    windows = Windows(data, config.sequence, device)
-    anchors = torch.from_numpy(data.train)
-    network = PriceLSTM(data.values.shape[1], config).to(device)
     on_gpu = device.type == "cuda"
     half = on_gpu and config.mixed_precision
+    # autocast would round each batch to float16: once is enough, and half as much to move
+    windows = Windows(data, config.sequence, device, torch.float16 if half else torch.float32)
+    anchors = torch.from_numpy(data.train)
+    network = PriceLSTM(data.values.shape[1], config).to(device)
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=config.scaled_learning_rate, weight_decay=config.weight_decay, fused=on_gpu
     )
@@ -186,7 +187,8 @@ def train(
                 # only here: whatever ends the training, this step is kept
                 notices.check()
 
-    validation, test = (_logits(network, windows, part, notices) for part in (data.validation, data.test))
+    later = Windows(data, config.sequence, device)
+    validation, test = (_logits(network, later, part, notices) for part in (data.validation, data.test))
     if not (np.isfinite(validation).all() and np.isfinite(test).all()):
         raise PermanentTrainingError(f"{symbol}: the trained network gives NaN on later rows; the model diverged")
     return Trained(
@@ -203,15 +205,15 @@ def train(
 class Windows:
     """All windows of one symbol, on the device: a view of its rows that holds each row once, not ``sequence`` times."""
 
-    def __init__(self, data: Dataset, sequence: int, device: torch.device) -> None:
-        values = torch.from_numpy(data.values).to(device)
+    def __init__(self, data: Dataset, sequence: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        values = torch.from_numpy(data.values).to(dtype).to(device)
         self._labels = torch.from_numpy(data.labels).to(device)
         self._before = sequence - 1
         self._all = values.unfold(0, sequence, 1).transpose(1, 2)
         self.device = device
 
     def __call__(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the given anchors: windows (n, sequence, features), oldest row first, and labels (n,)."""
+        """Of the given anchors: windows (n, sequence, features) of the dtype, oldest row first, and float32 labels (n,)."""
         return self._all.index_select(0, anchors - self._before), self._labels.index_select(0, anchors)
 
 

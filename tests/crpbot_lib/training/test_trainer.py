@@ -58,6 +58,15 @@ def test_a_window_by_index_is_the_rows_up_to_its_anchor(data: Dataset) -> None:
         assert label == data.labels[anchor]
 
 
+def test_windows_in_float16_are_those_of_float32_rounded(data: Dataset) -> None:
+    anchors = torch.tensor([11, 499, 250])
+    rounded, labels = Windows(data, 12, CPU, torch.float16)(anchors)
+    exact, same = Windows(data, 12, CPU)(anchors)
+    assert rounded.dtype == torch.float16
+    assert torch.equal(rounded, exact.half())
+    assert torch.equal(labels, same)
+
+
 def test_the_windows_take_no_memory_of_their_own(data: Dataset) -> None:
     windows = Windows(data, 12, CPU)
     assert windows._all.untyped_storage().nbytes() == data.values.nbytes
