@@ -75,13 +75,14 @@ class Entry(BaseModel):
 def reserve(ec2: EC2Client, lake: Lake, gpu: GpuSettings, record: LaunchRecord, *, now: Callable[[], datetime] = UTC_NOW) -> None:
     """Reserves the worst case of the record's generation under both caps, before RunInstances; again and again without harm.
 
-    Raises BudgetExceededError, and reserves nothing, where the run's generations or the month could come to more than the caps.
-    Any error of S3 or EC2 propagates: a sum that is not known is no permission.
+    Raises BudgetExceededError, and reserves nothing, where the run's generations or the month could come to more than the caps;
+    what another launcher of the run has reserved stays, for it may be about to launch. Any error of S3 or EC2 propagates: a sum
+    that is not known is no permission.
     """
     at = now()
     found = instances.find(ec2, gpu.project_tag)
     settle(ec2, lake, found, now=now)
-    mine = _open(lake, record)
+    mine, opened = _open(lake, record)
     # written, then read: whoever reserves at the same time sees this reservation, or this one sees theirs
     began = {f"{at:%Y-%m}", f"{at - timedelta(minutes=gpu.max_lifetime_minutes):%Y-%m}", mine.month}
     entries = [entry for name in began for entry in month(lake, name) if entry.month == f"{at:%Y-%m}" or entry.state == "open"]
@@ -99,7 +100,8 @@ def reserve(ec2: EC2Client, lake: Lake, gpu: GpuSettings, record: LaunchRecord, 
     )
     # half a millionth of a dollar: sums of binary fractions
     if run_usd > gpu.max_run_usd + 5e-7 or month_usd > gpu.max_month_usd + 5e-7:
-        release(lake, record)
+        if opened:
+            release(lake, record)
         raise BudgetExceededError(
             f"not launched, a cap could be exceeded: {sums}. What to do: see `crpbot gpu cost --month {at:%Y-%m}`; raise "
             "CRPBOT_GPU__MAX_RUN_USD or CRPBOT_GPU__MAX_MONTH_USD, or lower CRPBOT_GPU__MAX_LIFETIME_MINUTES and start a new run"
@@ -107,9 +109,10 @@ def reserve(ec2: EC2Client, lake: Lake, gpu: GpuSettings, record: LaunchRecord, 
     log.info("budget: %s", sums)
 
 
-def _open(lake: Lake, record: LaunchRecord) -> Entry:
-    """The entry of the record's generation, which from now on counts with its worst case."""
+def _open(lake: Lake, record: LaunchRecord) -> tuple[Entry, bool]:
+    """The entry of the record's generation, which from now on counts with its worst case, and whether it did not before."""
     mine = _entry(record)
+    before: Entry | None = None
     try:
         lake.write_json(mine.key, mine.model_dump(mode="json"), only_if_absent=True)
     except KeyExistsError:
@@ -120,7 +123,7 @@ def _open(lake: Lake, record: LaunchRecord) -> Entry:
             mine = mine.model_copy(update={"worst_usd": worst, "sequence": sequence, "bills": before.bills})
         if mine != before:
             _write(lake, mine)
-    return mine
+    return mine, before is None or before.state != "open"
 
 
 def release(lake: Lake, record: LaunchRecord) -> None:

@@ -71,6 +71,9 @@ ADVICE = {
     "AccessDeniedException": "give the Airflow role ssm:GetParameters on the parameter that CRPBOT_GPU__AMI names",
     "AccessDenied": "give the Airflow role ssm:GetParameters on the parameter that CRPBOT_GPU__AMI names",
 }
+# "The request uses the same client token as a previous request for which the instance has been terminated"; EC2 may as well answer
+# with the dead instance
+_TERMINATED = "IdempotentInstanceTerminated"
 _OTHER_ADVICE = "mend what the message names (the EC2 API reference, Error codes, explains the code) and clear the task"
 # "Slow down" and "took too long" come as 4xx too, and are no refusals (EC2 API reference, "Error codes")
 _TEMPORARY = frozenset({"RequestLimitExceeded", "BandwidthLimitExceeded", "TooManyRequestsException", "SlowDown", "RequestTimeout"})
@@ -212,6 +215,11 @@ def ensure_instance(
         budget.reserve(ec2, lake, gpu, record, now=now)
         try:
             launched = _run_instances(ec2, lake, gpu, record, sleep)
+        except LaunchRefusedError:
+            if not replayed:
+                # its request was never sent
+                budget.release(lake, record)
+            raise
         except ClientError as error:
             if _code(error) not in CAPACITY_ERRORS:
                 budget.release(lake, record)
@@ -237,16 +245,15 @@ def ensure_instance(
         latest = records(lake, run)[-1]
         if latest.sequence > record.sequence:
             # this launcher was slow: another one had moved on before the call, and what it recorded last is the run's instance
-            log.warning(
-                "launch %d of %s is out of date: ending %s, going on with %d", record.sequence, run, launched.id, latest.sequence
-            )
-            if terminate(ec2, [launched.id]):
+            overtaken = "which has ended" if launched is None else f"ending {launched.id}"
+            log.warning("launch %d of %s is out of date: %s, going on with %d", record.sequence, run, overtaken, latest.sequence)
+            if launched is not None and terminate(ec2, [launched.id]):
                 sleep(gpu.visibility_grace_seconds)
                 terminate(ec2, [launched.id])
             record, replayed = latest, True
             continue
-        if launched.state in instances.ENDING:
-            # the recorded launch is one that has ended since: the token hands the dead instance back
+        if launched is None or launched.state in instances.ENDING:
+            # the recorded launch is one that has ended since
             if done():
                 raise JobDoneError(f"{run} has been trained meanwhile: nothing more is launched")
             record, replayed = _new_generation(ec2, lake, gpu, run, record, asked_by, now), False
@@ -381,8 +388,12 @@ def _script(lake: Lake, gpu: GpuSettings, run: str, generation: int) -> str:
     )
 
 
-def _run_instances(ec2: EC2Client, lake: Lake, gpu: GpuSettings, record: LaunchRecord, sleep: Callable[[float], None]) -> Instance:
-    """Sends the record's request until EC2 says what came of it. ClientError is a definite no, of capacity or of the request."""
+def _run_instances(
+    ec2: EC2Client, lake: Lake, gpu: GpuSettings, record: LaunchRecord, sleep: Callable[[float], None]
+) -> Instance | None:
+    """Sends the record's request until EC2 says what came of it: the instance, which may have ended, or None where EC2 says that
+    the token is that of one which has. ClientError is a definite no, of capacity or of the request.
+    """
     request = _request(lake, gpu, record)
     _ask_once(ec2)
     for attempt in range(1, _LAUNCH_TRIES + 1):
@@ -393,6 +404,8 @@ def _run_instances(ec2: EC2Client, lake: Lake, gpu: GpuSettings, record: LaunchR
                 f"the request to launch for {record.run} is malformed: {error}; correct the GPU settings"
             ) from error
         except (ClientError, HTTPClientError, IncompleteReadError, ResponseParserError) as error:
+            if isinstance(error, ClientError) and _code(error) == _TERMINATED:
+                return None
             if isinstance(error, ClientError) and (_code(error) in CAPACITY_ERRORS or _definite(error)):
                 raise
             # launched or not: the same token asks again, and no other candidate is tried before there is an answer

@@ -24,11 +24,13 @@ log = logging.getLogger(__name__)
 class Verdict:
     """What the reaper decided about one living instance: ``keep``, ``suspect`` (ends on the next pass) or ``terminate``.
 
-    ``usd``: what it came to, where it was ended and its price is known."""
+    ``mark``: what its tag is to be from now on, None: as it is. ``usd``: what it came to, where it was ended and its price is
+    known."""
 
     instance: Instance
     action: str
     why: str
+    mark: str | None = None
     usd: float | None = None
 
 
@@ -38,7 +40,7 @@ def judge(instance: Instance, run_ended: bool | None, now: datetime, grace: time
 
     Past the deadline, which its tag alone says, or with no readable deadline after the grace: terminate. A run that has ended,
     or another instance that has taken over: suspect on the first pass, terminate on the second, so that a state read at the wrong
-    moment kills nothing.
+    moment kills nothing. A run that is seen to go on, because it was cleared, has its mark taken back.
     """
     age = now - instance.launched_at
     deadline = instance.deadline
@@ -48,15 +50,17 @@ def judge(instance: Instance, run_ended: bool | None, now: datetime, grace: time
         return Verdict(instance, "keep", f"launched {age.total_seconds():.0f} s ago")
     if deadline is None:
         return Verdict(instance, "terminate", f"carries no readable {instances.TAG_DEADLINE} tag")
+    marked = instance.tags.get(instances.TAG_REAP)
     if run_ended or overtaken:
         why = "its run has ended" if run_ended else "a later launch of its run is alive"
-        if instances.TAG_REAP in instance.tags:
-            return Verdict(instance, "terminate", f"{why} (first seen {instance.tags[instances.TAG_REAP]})")
-        return Verdict(instance, "suspect", f"{why}; ends on the next pass")
+        if marked:
+            return Verdict(instance, "terminate", f"{why} (first seen {marked})")
+        return Verdict(instance, "suspect", f"{why}; ends on the next pass", mark=now.isoformat())
     return Verdict(
         instance,
         "keep",
         f"its run is {'not known here' if run_ended is None else 'active'}; deadline {deadline.isoformat()}",
+        mark="" if marked and run_ended is False else None,
     )
 
 
@@ -102,9 +106,9 @@ def reap(
         if dry_run:
             continue
         try:
-            if verdict.action == "suspect":
-                ec2.create_tags(Resources=[i.id], Tags=[{"Key": instances.TAG_REAP, "Value": at.isoformat()}])
-            elif verdict.action == "terminate":
+            if verdict.mark is not None:
+                ec2.create_tags(Resources=[i.id], Tags=[{"Key": instances.TAG_REAP, "Value": verdict.mark}])
+            if verdict.action == "terminate":
                 terminate(ec2, [i.id])
         except TerminationError as error:
             failed.append(str(error))

@@ -247,6 +247,10 @@ class Aws:
                     "The client token you have provided is associated with a resource with different parameters: "
                     + ", ".join(names),
                 ).answer()
+            ids = [_text(item, "instanceId") for item in _instance_items(ElementTree.fromstring(answered.body))]
+            if all(self._state(name) == "terminated" for name in ids):
+                message = f"The client token is that of a request whose instance has been terminated: {', '.join(ids)}"
+                return Refusal("IdempotentInstanceTerminated", message).answer()
             return self._with_states(answered, self._state)
         request = dict(form)
         image = form["ImageId"]

@@ -131,6 +131,30 @@ def test_a_launch_in_flight_counts_before_its_instance_is_there(
     launch.ensure_instance(wrapped(ec2, run_instances=while_it_is_launched), lake, both, run)
 
 
+def test_a_refused_launcher_takes_nothing_back_that_another_one_of_its_run_has_reserved(
+    ec2: Any, gpu: GpuSettings, lake: Lake, wrapped: Any, run: str
+) -> None:
+    both = gpu.model_copy(update={"max_month_usd": 1.5 * WORST})
+
+    def while_it_is_launched(**request: Any) -> Any:
+        (mine,) = ledger(lake)
+        # another run's launcher has written its reservation, and adds up only after this run's second launcher has been refused
+        other = mine.model_copy(update={"run": f"{run}-other"})
+        lake.write_json(other.key, other.model_dump(mode="json"))
+        with pytest.raises(BudgetExceededError):
+            budget.reserve(ec2, lake, both, launch.records(lake, run)[-1])
+        assert [entry.state for entry in ledger(lake) if entry.run == run] == ["open"]
+        return ec2.run_instances(**request)
+
+    launch.ensure_instance(wrapped(ec2, run_instances=while_it_is_launched), lake, both, run)
+
+
+def test_a_request_that_is_never_sent_reserves_nothing(ec2: Any, gpu: GpuSettings, lake: Lake, run: str) -> None:
+    with pytest.raises(launch.LaunchRefusedError, match="malformed"):
+        launch.ensure_instance(ec2, lake, gpu.model_copy(update={"security_group_ids": (1,)}), run)
+    assert [entry.state for entry in ledger(lake)] == ["nothing"]
+
+
 @pytest.mark.parametrize("answer", ["InsufficientInstanceCapacity", "VcpuLimitExceeded"])
 def test_a_launch_that_ec2_refuses_gives_its_reservation_back(
     answer: str, ec2: Any, gpu: GpuSettings, lake: Lake, wrapped: Any, run: str

@@ -18,7 +18,7 @@ from botocore.stub import Stubber
 from crpbot_lib.config import GpuCandidate, GpuSettings
 from crpbot_lib.gpu import instances, launch
 from crpbot_lib.gpu.terminate import terminate_run
-from crpbot_lib.lake import Lake
+from crpbot_lib.lake import Lake, keys
 from crpbot_lib.sandbox.server import Sandbox
 
 
@@ -342,6 +342,19 @@ def test_an_instance_whose_job_has_failed_is_replaced(ec2: Any, gpu: GpuSettings
     second = launch.ensure_instance(ec2, lake, gpu, run, replace=lambda i: i.id == first.id)
     assert second.generation == 2
     assert [i.id for i in alive(ec2, gpu, run)] == [second.id]
+
+
+def test_an_instance_that_ec2_has_forgotten_is_followed_by_a_new_generation_and_stays_in_the_ledger(
+    ec2: Any, gpu: GpuSettings, lake: Lake, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = launch.ensure_instance(ec2, lake, gpu, run)
+    terminate_run(ec2, lake, gpu, run)
+    # an hour after its end an instance is no longer described, its token is known for a day
+    monkeypatch.setattr(instances, "find", lambda *_, **__: [])
+    second = launch.ensure_instance(ec2, lake, gpu, run)
+    assert (first.generation, second.generation) == (1, 2)
+    entries = [lake.read_json(key) for key in lake.keys(keys.LEDGER)]
+    assert [entry["state"] for entry in entries] == ["open", "open"], "what it came to is not known: its worst case counts"
 
 
 def test_a_second_living_instance_of_the_run_is_ended_and_the_newest_generation_stays(

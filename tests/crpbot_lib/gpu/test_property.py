@@ -148,9 +148,12 @@ class World:
         self._check_safeguards(request)
         token = request["ClientToken"]
         before = next((m for m in self.machines if m.id == self.tokens.get(token)), None)
-        if before is not None and not before.forgotten(self.now):
+        if before is not None:
             if before.request != request:
                 raise refusal("IdempotentParameterMismatch")
+            if before.forgotten(self.now):
+                # the token is remembered for longer, at least a day
+                raise refusal("IdempotentInstanceTerminated")
             return {"Instances": [self._shown(before, self.now)]}
         where = (request["InstanceType"], zone_of(request["SubnetId"]))
         if where in self.without_capacity or where not in PRICES:

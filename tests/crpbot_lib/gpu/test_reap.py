@@ -38,6 +38,7 @@ def instance(age_minutes: float, deadline_in_minutes: float | None, **tags: str)
         ("its run has ended, first pass", instance(60, 60), True, "suspect"),
         ("its run has ended, second pass", instance(60, 60, **{instances.TAG_REAP: "earlier"}), True, "terminate"),
         ("marked once, but its run is active again", instance(60, 60, **{instances.TAG_REAP: "earlier"}), False, "keep"),
+        ("its mark was taken back", instance(60, 60, **{instances.TAG_REAP: ""}), True, "suspect"),
     ],
 )
 def test_the_rule(what: str, found: Instance, run_ended: bool | None, action: str) -> None:
@@ -65,6 +66,18 @@ def test_an_ended_runs_instance_takes_two_passes(
     later = datetime.now(UTC) + GRACE + timedelta(minutes=1)
     actions = [reap.reap(ec2, lake, gpu, lambda _: True, now=lambda: later)[0].action for _ in range(2)]
     assert actions == ["suspect", "terminate"]
+    until(lambda: not instances.find(ec2, gpu.project_tag, states=instances.ALIVE))
+
+
+def test_a_run_that_goes_on_has_its_mark_taken_back(
+    ec2: Any, gpu: GpuSettings, lake: Lake, until: Callable[..., None], run: str
+) -> None:
+    launch.ensure_instance(ec2, lake, gpu, run)
+    later = datetime.now(UTC) + GRACE + timedelta(minutes=1)
+    # marked as failed, cleared, and failed again: the second failure is not the first one's second pass
+    ended = [True, False, True, True]
+    actions = [reap.reap(ec2, lake, gpu, lambda _, over=over: over, now=lambda: later)[0].action for over in ended]
+    assert actions == ["suspect", "keep", "suspect", "terminate"]
     until(lambda: not instances.find(ec2, gpu.project_tag, states=instances.ALIVE))
 
 
