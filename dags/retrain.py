@@ -112,19 +112,23 @@ def retrain() -> None:
         return run_step(features.gate_features, feature_plan)
 
     @task
-    def reserve(run_plan: dict[str, Any], feature_plan: dict[str, Any]) -> str:
+    def reserve(run_plan: dict[str, Any], feature_plan: dict[str, Any], ti: Any) -> str:
         """Writes the job's spec. Never touches EC2: it always succeeds as a setup, so the teardown always runs.
 
-        Cleared by hand: what had succeeded is trained anew, what was interrupted or had failed is gone on with."""
+        Cleared by hand together with `train`: what had succeeded is trained anew, what was interrupted or had failed is gone on
+        with. A later task that is cleared alone clears its setups too, so this one runs again; what is trained then stays."""
         from crpbot_lib import training
         from crpbot_lib.gpu import watch
+
+        states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id], task_ids=["train"])
 
         def write(current: Any, lake: Any) -> str:
             spec = training.job_spec(
                 current, lake, run_plan["run"], feature_plan["version"], run_plan["symbols"], run_plan["smoke"]
             )
             training.write_job(lake, spec)
-            watch.clear_status(lake, run_plan["run"])
+            if states.get(ti.run_id, {}).get("train") != "success":
+                watch.clear_status(lake, run_plan["run"])
             return str(run_plan["run"])
 
         return run_step(write)
