@@ -17,8 +17,8 @@ def test_whatever_fails_and_whenever_no_instance_is_left_and_none_outlives_its_d
     results = run_matrix(tmp_path, cells.SHORT, said.append, at_once=4)
     assert {result.cell: result.wrong for result in results if result.wrong} == {}, "\n".join(said)
     ends = {layer for result in results for layer in result.layers}
-    # the deadline on the instance, the reaper and the switch are seconds apart: which of them is first is chance
-    assert {"1", "2", "5"} <= ends, "the short matrix no longer meets the layers that it is there to meet"
+    # deadline and switch are seconds apart: which of them is first is chance
+    assert {"1", "2", "4", "5"} <= ends, "the short matrix no longer meets the layers that it is there to meet"
     proof.append(
         f"fault matrix, short: {len(results)} cells, 0 instances left, ended by layers {', '.join(sorted(ends))}; longest life "
         f"{max(result.longest_life for result in results):.0f} s of {LONGEST_LIFE:.0f} s"

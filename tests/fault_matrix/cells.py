@@ -112,6 +112,25 @@ SHORT = tuple(
 """Every phase, every layer, and the kills of what all runs share; for CI."""
 
 
+def last_layers(cell: Cell) -> frozenset[str] | None:
+    """By which layers the cell's last instance must end; None: by any, before the teardown is done.
+
+    Deadline and dead-man's switch are seconds apart at its end, so which of the two is first is chance.
+    """
+    phase, fault = cell
+    if fault == DAGRUN_TIMEOUT and phase == SYNC:
+        # Airflow skips the teardown, and the instance's own end is held
+        return frozenset({"4"})
+    if fault not in STOPPING:
+        return None
+    if phase == TEARDOWN:
+        # asked for before Airflow stopped
+        return frozenset({"1"})
+    if fault == AIRFLOW_STOPPED_AND_HANGS:
+        return frozenset({"5"})
+    return frozenset({"3", "5"} if phase in (PULL, SYNC) else {"2", "3", "5"} if phase == IN_RUN_INSTANCES else {"2"})
+
+
 def together(todo: Sequence[Cell], at_once: int) -> list[list[Cell]]:
     """The cells of shared faults, at most ``at_once`` side by side: of one fault, and last those that stop Airflow."""
     groups = [[cell for cell in todo if cell.fault == fault] for fault in FAULTS if fault.shared and fault not in STOPPING]

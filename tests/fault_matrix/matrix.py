@@ -9,6 +9,8 @@ Clocks are shortened: heartbeats of tasks 20 s, of the job 30 s, reaper and dead
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -38,14 +40,17 @@ LIFETIME_MINUTES = 2
 LOOK_SECONDS = 20
 """Of the reaper and of the dead-man's switch."""
 SHUTDOWN_SECONDS = 1.5
-LONGEST_LIFE = LIFETIME_MINUTES * 60 + LOOK_SECONDS + SHUTDOWN_SECONDS
-"""Seconds from the launch by which a layer has asked for the end of any instance, and EC2 has carried it out."""
+LONGEST_LIFE = LIFETIME_MINUTES * 60 + 2 * LOOK_SECONDS + SHUTDOWN_SECONDS
+"""Seconds from the launch by which any instance must have ended: the deadline, two looks (one may take long on a busy machine), and
+EC2's own time."""
 APPROACH_SECONDS, END_SECONDS = 900, 600
 """How long a run may take to its phase, and to its end after the fault, on a busy machine."""
 HELD_AFTER_SECONDS = 8.0
 """Airflow hears of a mark or a clear at the task's next heartbeat, which comes every 5 s: until then the task is held."""
 AWAY_SECONDS = 20.0
-"""How long a killed component, or the database, is away."""
+"""How long a killed component, or AWS, is away; the database for twice as long."""
+CODE = ("crpbot_lib", "dags", "infra", "plugins", "tests/fault_matrix")
+"""What a result depends on."""
 SHORT_CLOCKS = {
     "CRPBOT_GPU__MAX_LIFETIME_MINUTES": str(LIFETIME_MINUTES),
     "CRPBOT_GPU__BOOT_TIMEOUT_MINUTES": "1.25",
@@ -108,11 +113,15 @@ class Struck:
     dag_run: str
     began: float = field(default_factory=time.monotonic)
     run: str = ""
+    gate: str = ""
+    """Where it waits for the others on its way, if it does."""
     prepared: bool = False
     task_id: str = ""
+    attempt: int = 0
     at: datetime | None = None
     let_go_when: Callable[[], bool] | None = None
-    most_alive: int = 0
+    let_go: float | None = None
+    """On the monotonic clock."""
 
     @property
     def key(self) -> str:
@@ -222,6 +231,7 @@ class Deployment:
     def release(self, struck: Struck, *, error: str | None = None, times: int = 1) -> None:
         """Lets a run go on from its phase, whose own calls may be refused."""
         refusal = {"error": error, "times": times} if error else {}
+        struck.let_go = time.monotonic()
         self.post("holds/release", {"run": struck.run, "at": struck.cell.phase.at, **refusal})
         if caught(struck.cell):
             self.post("holds/release", {"run": struck.run, "at": "look"})
@@ -262,13 +272,27 @@ def run_apart(deployment: Deployment, todo: Sequence[Cell], at_once: int) -> Ite
 
 
 def run_together(deployment: Deployment, batch: Sequence[Cell]) -> Iterator[Result]:
-    """Cells of a fault that hits every run at once: each is brought to its phase, then it happens."""
-    open_ = [_start(deployment, cell) for cell in batch]
-    away = list(open_)
-    while away:
-        reached = deployment.reached()
-        away = [struck for struck in away if not _is_there(deployment, struck, reached)]
-        time.sleep(1)
+    """Cells of a fault that hits every run at once: each is brought to its phase, then it happens.
+
+    They wait for each other before their launches, so that no instance grows old while the last run is on its way. Who is no
+    longer at its phase when the others are gets there in a run of its own, afterwards.
+    """
+    deployment.start_airflow()
+    open_ = [_start(deployment, cell, gate="look") for cell in batch]
+    _until_all(open_, lambda struck, reached: _is_held(deployment, struck, reached), deployment)
+    for struck in open_:
+        if struck.cell.phase != cells.BEFORE_LAUNCH:
+            deployment.post("holds/release", {"run": struck.run, "at": struck.gate})
+    _until_all(open_, lambda struck, reached: _is_there(deployment, struck, reached), deployment)
+    late = [struck for struck in open_ if not _is_still_there(deployment, struck)]
+    if len(late) == len(open_):
+        raise MatrixError(f"{late[0].key}: it had left its phase when the others were there; logs in {deployment.airflow.home}")
+    for struck in late:
+        deployment.say(f"{struck.key}: it has left its phase, and is begun anew after the others")
+        open_.remove(struck)
+        deployment.airflow.mark_run(struck.dag, struck.dag_run, "failed")
+        for at in {*held_at(struck.cell), struck.gate}:
+            deployment.post("holds/release", {"run": struck.run, "at": at})
     deployment.say(f"{' and '.join(sorted({struck.cell.fault.name for struck in open_}))}: now, for {len(open_)} runs")
     for struck in open_:
         struck.at = datetime.now(UTC)
@@ -281,19 +305,55 @@ def run_together(deployment: Deployment, batch: Sequence[Cell]) -> Iterator[Resu
                 yield result
         time.sleep(1)
     deployment.write_timeout(3600)
-    deployment.post("ec2/faults", [])
+    if late:
+        yield from run_together(deployment, [struck.cell for struck in late])
 
 
-def _start(deployment: Deployment, cell: Cell) -> Struck:
+def _until_all(all_: Sequence[Struck], there: Callable[[Struck, dict[tuple[str, str], int]], bool], deployment: Deployment) -> None:
+    away = list(all_)
+    while away:
+        reached = deployment.reached()
+        away = [struck for struck in away if not there(struck, reached)]
+        time.sleep(1)
+
+
+def _start(deployment: Deployment, cell: Cell, gate: str = "") -> Struck:
     dag = "retrain_with_timeout" if cell.fault == cells.DAGRUN_TIMEOUT else "retrain"
-    return Struck(cell, dag, deployment.airflow.trigger(dag, conf=CONF))
+    return Struck(cell, dag, deployment.airflow.trigger(dag, conf=CONF), gate=gate)
+
+
+def _is_held(deployment: Deployment, struck: Struck, reached: dict[tuple[str, str], int]) -> bool:
+    """Whether the run waits at its gate."""
+    if not struck.run:
+        return _is_there(deployment, struck, reached)
+    _check_on_its_way(deployment, struck)
+    return reached[struck.run, struck.gate] > 0
+
+
+def _check_on_its_way(deployment: Deployment, struck: Struck) -> None:
+    """MatrixError when the run has ended before anything was done to it, or takes too long."""
+    if time.monotonic() - struck.began > APPROACH_SECONDS:
+        raise MatrixError(f"{struck.key}: not there after {APPROACH_SECONDS} s; logs in {deployment.airflow.home}")
+    if deployment.airflow.run_state(struck.dag, struck.dag_run) in ENDED:
+        raise MatrixError(f"{struck.key}: the run ended before anything was done to it; logs in {deployment.airflow.home}")
+
+
+def _is_still_there(deployment: Deployment, struck: Struck) -> bool:
+    """Whether the run is where it was when it had got there: the same try of the task, and one instance, alive, or none yet."""
+    task, found = _states(deployment, struck)[struck.cell.phase.task], deployment.instances(struck.run)
+    same = (task["id"], int(task["try_number"])) == (struck.task_id, struck.attempt) and _at_work(struck.cell, task["state"])
+    return same and len(found) == len(_alive(deployment, struck.run)) == (struck.cell.phase != cells.BEFORE_LAUNCH)
+
+
+def _at_work(cell: Cell, state: str | None) -> bool:
+    """Whether a task in this state does the work of the cell's phase."""
+    return state == ("deferred" if cell.phase in cells.DEFERRED and not caught(cell) else "running")
 
 
 def _is_there(deployment: Deployment, struck: Struck, reached: dict[tuple[str, str], int]) -> bool:
-    """Whether the run is held at its phase. MatrixError when it has ended before, or takes too long."""
+    """Whether the run is held at its phase. MatrixError as ``_check_on_its_way`` raises it."""
     airflow, cell = deployment.airflow, struck.cell
-    if time.monotonic() - struck.began > APPROACH_SECONDS:
-        raise MatrixError(f"{struck.key}: not there after {APPROACH_SECONDS} s; logs in {airflow.home}")
+    _check_on_its_way(deployment, struck)
     if not struck.run:
         with suppress(AirflowError):  # until `plan` is done
             struck.run = airflow.xcom(struck.dag, struck.dag_run, "plan")["run"]
@@ -301,6 +361,8 @@ def _is_there(deployment: Deployment, struck: Struck, reached: dict[tuple[str, s
                 # the launch's own look goes through
                 skip = 1 if at == "look" and cell.phase != cells.BEFORE_LAUNCH else 0
                 deployment.post("holds", {"run": struck.run, "at": at, "skip": skip})
+            if struck.gate and struck.gate not in held_at(cell):
+                deployment.post("holds", {"run": struck.run, "at": struck.gate})
         return False
     if cell.phase == cells.TEARDOWN and not struck.prepared:
         if reached[struck.run, "step"] and _states(deployment, struck)["train"]["state"] == "deferred":
@@ -308,12 +370,10 @@ def _is_there(deployment: Deployment, struck: Struck, reached: dict[tuple[str, s
             struck.prepared = True
         return False
     if not all(reached[struck.run, at] for at in held_at(cell)):
-        if airflow.run_state(struck.dag, struck.dag_run) in ENDED:
-            raise MatrixError(f"{struck.key}: the run ended before anything was done to it; logs in {airflow.home}")
         return False
     task = _states(deployment, struck)[cell.phase.task]
-    struck.task_id = task["id"]
-    return bool(task["state"] == ("deferred" if cell.phase in cells.DEFERRED and not caught(cell) else "running"))
+    struck.task_id, struck.attempt = task["id"], int(task["try_number"])
+    return _at_work(cell, task["state"])
 
 
 def _states(deployment: Deployment, struck: Struck) -> dict[str, dict[str, Any]]:
@@ -403,11 +463,13 @@ def _kill_worker(deployment: Deployment, struck: Struck) -> None:
 
 
 def _aws_errors(deployment: Deployment, started: Sequence[Struck]) -> None:
-    """Every call of EC2 is throttled, then fails, for a while."""
-    rules = [{"error": "RequestLimitExceeded", "count": 20}, {"error": "InternalError", "count": 20}]
-    deployment.post("ec2/faults", rules)
-    for struck in started:
-        deployment.release(struck)
+    """Every call of EC2 is throttled for a while, then fails for a while."""
+    for error in ("RequestLimitExceeded", "InternalError"):
+        deployment.post("ec2/faults", [{"error": error}])
+        for struck in started:
+            deployment.release(struck)
+        time.sleep(AWAY_SECONDS / 2)
+    deployment.post("ec2/faults", [])
 
 
 def _kill(component: str) -> Callable[[Deployment, Sequence[Struck]], None]:
@@ -474,13 +536,14 @@ def _alive(deployment: Deployment, run: str) -> list[dict[str, Any]]:
 def _end_of(deployment: Deployment, struck: Struck) -> Result | None:
     """What the cell came to, once nothing of the run is alive or can come to be; at the latest after ``END_SECONDS``."""
     assert struck.at is not None
-    struck.most_alive = max(struck.most_alive, len(_alive(deployment, struck.run)))
+    stopped = struck.cell.fault in cells.STOPPING
     try:
         if struck.let_go_when and struck.let_go_when():
             deployment.release(struck)
             struck.let_go_when = None
         gone = all(i["state"] == "terminated" and not i["pids"] for i in deployment.instances(struck.run))
-        over = gone and not struck.let_go_when and (struck.cell.fault in cells.STOPPING or _has_ended(deployment, struck)())
+        over = gone and not struck.let_go_when and _is_quiet(deployment, struck)
+        over = over and (stopped or _has_ended(deployment, struck)())
     except AirflowError as error:
         deployment.say(f"{struck.key}: {error}")
         over = False
@@ -492,16 +555,29 @@ def _end_of(deployment: Deployment, struck: Struck) -> Result | None:
     return result
 
 
+def _is_quiet(deployment: Deployment, struck: Struck) -> bool:
+    """Whether nobody works for the run any more who was let go: Airflow ends a process of an ended run at its next heartbeat, and
+    until then it may launch."""
+    if struck.let_go is not None and time.monotonic() - struck.let_go < HELD_AFTER_SECONDS:
+        return False
+    if struck.cell.fault in cells.STOPPING:
+        return True
+    marked = processes.processes_with_marker(processes.MARKER, deployment.airflow.marker)
+    return not any(struck.task_id in _command(pid) for pid in marked)
+
+
 def _result(deployment: Deployment, struck: Struck) -> Result:
     assert struck.at is not None
     stopped = struck.cell.fault in cells.STOPPING
     found = deployment.instances(struck.run)
+    tasks = {} if stopped else _states(deployment, struck)
     state = "no Airflow" if stopped else deployment.airflow.run_state(struck.dag, struck.dag_run)
     wrong = []
     if living := [f"{i['id']} is {i['state']}" for i in found if i["state"] != "terminated" or i["pids"]]:
         wrong.append(f"alive: {', '.join(living)}")
-    if struck.most_alive > 1:
-        wrong.append(f"{struck.most_alive} instances were alive at once")
+    spans = sorted(_alive_span(instance) for instance in found)
+    if any(following[0] < former[1] for former, following in itertools.pairwise(spans)):
+        wrong.append("two instances were alive at once")
     if state not in (*ENDED, "no Airflow"):
         wrong.append(f"the run is still {state}")
     # who marks the sync as done takes its place
@@ -509,13 +585,28 @@ def _result(deployment: Deployment, struck: Struck) -> Result:
     if state == "success" and not done_by_hand and not _published(deployment, struck.run):
         wrong.append("the run is green and has published nothing")
     lives = [_life(instance) for instance in found]
-    if lives and max(lives) > LONGEST_LIFE + LOOK_SECONDS:
+    if lives and max(lives) > LONGEST_LIFE:
         wrong.append(f"an instance lived {max(lives):.0f} s, its last layer should have ended it after {LONGEST_LIFE:.0f} s")
+    layers = [_layer(instance["ended_by"]) for instance in found]
+    if (expected := cells.last_layers(struck.cell)) and layers and layers[-1] not in expected:
+        wrong.append(f"layer {layers[-1]} ended it, expected {' or '.join(sorted(expected))}")
+    terminate = tasks.get("terminate", {})
+    # who marks the teardown as done takes its place
+    torn_down = terminate.get("state") == "success" and struck.cell != Cell(cells.TEARDOWN, cells.TASK_SUCCESS)
+    if torn_down and spans:
+        late = (max(end for _, end in spans) - datetime.fromisoformat(terminate["end_date"])).total_seconds()
+        if late > 1:
+            wrong.append(f"an instance was alive {late:.0f} s after the teardown had succeeded")
     ends = [datetime.fromisoformat(i["history"][-1]["at"]) for i in found]
     seconds = max([0.0, *((end - struck.at).total_seconds() for end in ends)])
-    attempts = 1 if stopped else int(_states(deployment, struck)[struck.cell.phase.task]["try_number"])
-    layers = [_layer(instance["ended_by"]) for instance in found]
+    attempts = int(tasks[struck.cell.phase.task]["try_number"]) if tasks else 1
     return Result(struck.key, state, layers, round(seconds, 1), attempts, round(max(lives, default=0.0), 1), wrong)
+
+
+def _alive_span(instance: dict[str, Any]) -> tuple[datetime, datetime]:
+    """From the launch until EC2 began to end it, or until now."""
+    at = [datetime.fromisoformat(one["at"]) for one in instance["history"] if one["state"] in ("shutting-down", "terminated")]
+    return datetime.fromisoformat(instance["history"][0]["at"]), min(at, default=datetime.now(UTC))
 
 
 def _life(instance: dict[str, Any]) -> float:
@@ -540,22 +631,36 @@ def _published(deployment: Deployment, run: str) -> bool:
 # --- all of it ---
 
 
+def _code() -> str:
+    """A hash of all that a result depends on."""
+    files = sorted(file for part in CODE for file in (REPOSITORY / part).rglob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(REPOSITORY)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
 def run_matrix(state: Path, chosen: Sequence[Cell], say: Log, *, at_once: int = 7) -> list[Result]:
-    """Runs the ``chosen`` cells, those that ``state`` has a result of left out, and returns the results of all.
+    """Runs the ``chosen`` cells, those that ``state`` has a good result of for the same code left out, and returns the results of
+    all.
 
     Each result is kept in ``results.json`` at once, so that an interrupted matrix goes on where it was. MatrixError when a cell
     does not get to its phase, or a run without any fault is not green: then nothing else says anything.
     """
     state.mkdir(parents=True, exist_ok=True)
-    file = state / "results.json"
-    kept: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    file, code = state / "results.json", _code()
+    before: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    same = before.get("code") == code
+    kept: dict[str, dict[str, Any]] = {k: r for k, r in before["results"].items() if not r["wrong"]} if same else {}
+    if before and not same:
+        say("the code has changed since the kept results: every cell is run")
     todo = [cell for cell in chosen if cell.key not in kept]
 
     def keep(results: Iterator[Result]) -> None:
         for result in results:
             kept[result.cell] = asdict(result)
             part = file.with_suffix(".part")
-            part.write_text(json.dumps(kept, indent=1))
+            part.write_text(json.dumps({"code": code, "results": kept}, indent=1))
             part.replace(file)
 
     if todo:
@@ -565,6 +670,5 @@ def run_matrix(state: Path, chosen: Sequence[Cell], say: Log, *, at_once: int = 
             if deployment.airflow.wait("retrain", unharmed, timeout=END_SECONDS) != "success":
                 raise MatrixError(f"a run without any fault failed; logs in {deployment.airflow.home}")
             for batch in cells.together(todo, at_once):
-                deployment.start_airflow()
                 keep(run_together(deployment, batch))
     return [Result(**kept[cell.key]) for cell in chosen]
