@@ -117,7 +117,7 @@ class Samples(SampleDataset[tuple[Tensor, Tensor]]):
 def batches(name: str, data: Dataset, sequence: int) -> Iterator[Tensor]:
     """Shuffled batches of windows, epoch after epoch."""
     if name in OURS:
-        windows, anchors = Windows(data, sequence, torch.device("cpu"), OURS[name]), torch.from_numpy(data.train)
+        windows, anchors = Windows(data, sequence, torch.device("cpu"), OURS[name], LOADERS[name]), torch.from_numpy(data.train)
         while True:
             for batch in torch.split(anchors[torch.randperm(len(anchors))], LOADERS[name]):
                 yield windows(batch)[0]

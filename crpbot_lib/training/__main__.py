@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from types import FrameType
 
 from crpbot_lib.config import settings
-from crpbot_lib.lake import Lake
+from crpbot_lib.lake import Lake, LakeError
 from crpbot_lib.training import job
 from crpbot_lib.training.errors import TrainingError
 from crpbot_lib.training.notices import Interrupted, MetadataPoller, Notices, endpoint
@@ -39,10 +39,10 @@ def _stop_in_time(notices: Notices) -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
-def _health(run_id: str, generation: int) -> int:
+def _health(lake: Lake, run_id: str, generation: int) -> int:
     """What an orchestrator sees of the job: a store that is away is as bad as a job that hangs."""
     try:
-        healthy, said = health(read_status(Lake(settings().lake), run_id), generation, datetime.now(UTC))
+        healthy, said = health(read_status(lake, run_id), generation, datetime.now(UTC))
     except Exception as error:
         healthy, said = False, f"the status of run {run_id} cannot be read: {type(error).__name__}: {error}"
     logger.log(logging.INFO if healthy else logging.ERROR, said)
@@ -60,9 +60,13 @@ def main() -> int:
     if not run_id or not settings().lake:
         logger.error("CRPBOT_LAKE and CRPBOT_RUN must both be set: where the lake is, and which run's job.json to follow")
         return EXIT_PERMANENT
-    generation = int(os.environ.get("CRPBOT_GENERATION", "0"))
+    try:
+        lake, generation = Lake(settings().lake), int(os.environ.get("CRPBOT_GENERATION", "0"))
+    except (LakeError, ValueError) as error:
+        logger.error("CRPBOT_LAKE or CRPBOT_GENERATION is wrong: %s; the former is a lake, the latter a whole number", error)
+        return EXIT_PERMANENT
     if sys.argv[1:] == ["--health"]:
-        return _health(run_id, generation)
+        return _health(lake, run_id, generation)
     if sys.argv[1:]:
         logger.error("unknown arguments %s: the job takes none, all is in the environment and in its job.json", sys.argv[1:])
         return EXIT_PERMANENT
@@ -78,7 +82,7 @@ def main() -> int:
     if address := endpoint(os.environ):
         MetadataPoller(address, notices).start()
     try:
-        job.run(Lake(settings().lake), run_id, generation, notices=notices)
+        job.run(lake, run_id, generation, notices=notices)
     except Interrupted:
         return EXIT_INTERRUPTED
     except TrainingError as error:

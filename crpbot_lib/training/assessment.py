@@ -51,12 +51,18 @@ def assess(
         figures = evaluation.evaluate(test, validation, horizon, float(data.labels[data.train].mean()))
     except ValueError as error:
         raise PermanentTrainingError(f"{symbol}: the trained model cannot be judged: {error}") from error
-    moves = data.close[data.test + horizon] / data.close[data.test] - 1
+    moves = data.close[data.tradable + horizon] / data.close[data.tradable] - 1
     months = evaluation.months(test.timestamps)
     regimes = frame["volatility_regime"].to_numpy()[data.test].astype(str)
     group_of = {feature.name: feature.group for feature in FEATURES}
     names = spec.features[symbol].names
     groups = {group: [i for i, name in enumerate(names) if group_of.get(name) == group] for group in ALL_GROUPS}
+    compared: list[dict[str, Any]] = []
+    if spec.compare_features:
+        try:
+            compared = compare(spec, symbol, frame, filled, test, device, log, notices)
+        except Exception as error:  # the model is trained and paid for, and worth as much without
+            log.error("%s: not compared with fewer features: %s: %s", symbol, type(error).__name__, error)
     scorer = Scorer(data, spec.train, trained.weights, device, notices)
     return figures, {
         "calibration": evaluation.calibration(test, figures["temperature"], horizon),
@@ -64,6 +70,8 @@ def assess(
         "regimes": evaluation.by_part(test, REGIMES, regimes, horizon),
         "months": evaluation.by_part(test, np.unique(months).tolist(), months, horizon),
         "importance": importance(scorer, data.test, at, data.labels, {g: c for g, c in groups.items() if c}, horizon),
-        "back_test": evaluation.back_test(test, moves, spec.fee_bps_per_order, horizon),
-        "compared": compare(spec, symbol, frame, filled, test, device, log, notices) if spec.compare_features else [],
+        "back_test": evaluation.back_test(
+            at[data.tradable], scorer(data.tradable, data.tradable, ()), moves, spec.fee_bps_per_order, horizon
+        ),
+        "compared": compared,
     }

@@ -68,6 +68,8 @@ class Dataset:
     train: Ints
     validation: Ints
     test: Ints
+    tradable: Ints
+    """The test's anchors and those between them after which the price stood still: whoever trades does not know that it will."""
     scaler: Scaler
     counts: dict[str, int]
     """rows, filled, gaps, equal_prices_dropped, without_label, without_window, at_split (purged and embargoed, both borders)."""
@@ -132,7 +134,8 @@ def split_anchors(
 def check_frame(symbol: str, frame: pl.DataFrame, expected: FeatureFile) -> None:
     """Compares the file with what the job was told: rows, names, order, dtypes, values. PermanentTrainingError lists the
     differences; it is the mission's "feature mismatch between the three counts"."""
-    wrong: list[str] = [f"column {c} is absent" for c in ("timestamp", "close") if c not in frame.columns]
+    needed = ("timestamp", "close", "volatility_regime")
+    wrong: list[str] = [f"column {c} is absent" for c in needed if c not in frame.columns]
     names = [c for c in frame.columns if c not in EXCLUDED]
     if len(names) != expected.features:
         wrong.append(f"the file has {len(names)} numeric features, the job expects {expected.features}")
@@ -150,7 +153,7 @@ def check_frame(symbol: str, frame: pl.DataFrame, expected: FeatureFile) -> None
     present = [n for n in names if n in expected.names]
     wrong += [f"{n} is {frame.schema[n]}, expected Float32" for n in present if frame.schema[n] != pl.Float32]
     if not wrong:
-        finite = frame.select(pl.col(*names).is_finite().fill_null(False).all()).row(0, named=True)
+        finite = frame.select(pl.col(*names, "close").is_finite().fill_null(False).all()).row(0, named=True)
         wrong += [f"{n} holds null, NaN or infinite values" for n, ok in finite.items() if not ok]
         step = frame["timestamp"].dt.epoch("us").diff().drop_nulls()
         if frame.height > 1 and bool(((step <= 0) | (step % _MINUTE_US != 0)).any()):
@@ -176,13 +179,15 @@ def build(
     label = labels(timestamps, close, config.horizon)
     window = anchors(timestamps, config.sequence)
     no_trade = filled_rows(timestamps, filled)
-    usable = window & (label >= DOWN) & ~no_trade
+    known = window & (label > UNKNOWN) & ~no_trade
+    usable = known & (label != EQUAL)
     shares = (config.validation_fraction + config.test_fraction, config.test_fraction)
     # each border is a row: at least one lies behind it
     split_row, test_row = (min(round(frame.height * (1 - share)), frame.height - 1) for share in shares)
-    train = validation = test = np.empty(0, dtype=np.int64)
+    train = validation = test = tradable = np.empty(0, dtype=np.int64)
     if frame.height:
         train, validation, test = split_anchors(timestamps, usable, (split_row, test_row), config)
+        tradable = split_anchors(timestamps, known, (split_row, test_row), config)[2]
     if not (len(train) and len(validation) and len(test)):
         need = config.sequence + config.horizon
         raise PermanentTrainingError(
@@ -210,6 +215,7 @@ def build(
         train=train,
         validation=validation,
         test=test,
+        tradable=tradable,
         scaler=scaler,
         counts=counts,
         split=frame["timestamp"][split_row].isoformat(),

@@ -267,28 +267,29 @@ def rolling_accuracy(test: Scores, horizon: int) -> dict[str, Any]:
     return {"minutes": width, "points": points}
 
 
-def back_test(test: Scores, moves: Values, fee_bps: float, horizon: int) -> dict[str, Any]:
+def back_test(timestamps: Ints, logits: Floats, moves: Values, fee_bps: float, horizon: int) -> dict[str, Any]:
     """What following every call would have left: information only, no evidence of skill and no forecast of a profit.
 
     One position at a time, opened at an anchor's close on the side named and closed ``horizon`` minutes later; each of the two
-    orders costs ``fee_bps`` of the price. Without spread, slippage or market impact: less would have been left. ``moves``: the
-    relative change of the close over the horizon, per anchor. All amounts in basis points of the price, a trade.
+    orders costs ``fee_bps`` of the price. Without spread, slippage or market impact: less would have been left. Nor is anything
+    opened that an outage would have kept open. ``moves``: the relative change of the close over the horizon, per anchor. All
+    amounts in basis points of the price, a trade.
     """
-    minute = (test.timestamps - test.timestamps[0]) // _MINUTE_US
+    minute = (timestamps - timestamps[0]) // _MINUTE_US
     taken, free = [], 0
     for i, at in enumerate(minute.tolist()):
         if at >= free:
             taken.append(i)
             free = at + horizon
     chosen = np.array(taken)
-    gross = np.where(test.logits[chosen] >= 0, 1, -1) * moves[chosen] * 1e4
+    gross = np.where(logits[chosen] >= 0, 1, -1) * moves[chosen] * 1e4
     net = gross - 2 * fee_bps
     return {
         "note": "information only: fees as set, no spread, slippage or market impact",
         "fee_bps_per_order": fee_bps,
         "trades": len(chosen),
         "gross_bps": float(gross.mean()),
-        **bounded("net_bps", net, test.timestamps[chosen], horizon),
+        **bounded("net_bps", net, timestamps[chosen], horizon),
         "break_even_fee_bps_per_order": float(gross.mean()) / 2,
         "share_of_trades_above_their_fees": float((net > 0).mean()),
     }

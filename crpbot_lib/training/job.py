@@ -10,6 +10,7 @@ import io
 import logging
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 
 from crpbot_lib.config import ALL_GROUPS
 from crpbot_lib.features import catalog
-from crpbot_lib.lake import KeyMissingError, Lake, keys
+from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
 from crpbot_lib.training import dataset
 from crpbot_lib.training.config import FeatureFile, JobSpec
 from crpbot_lib.training.errors import PermanentTrainingError
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
     from crpbot_lib.training.resume import Checkpoints
 
 logger = logging.getLogger(__name__)
-_CHECKPOINT_FILES = (keys.checkpoint, keys.checkpoint_note)
+_RESULTS = ("model.pt", "evaluation.json", "metrics.json")
+_LAST_CHECKPOINT_SECONDS = 40.0
+"""So long the checkpoint of a job that must end is tried: of the 60 s until it is ended as it stands, the last word needs some."""
+_PAUSE_SECONDS = 2.0
 
 
 def run(lake: Lake, run_id: str, generation: int = 0, heartbeat: float = HEARTBEAT_SECONDS, notices: Notices | None = None) -> None:
@@ -47,16 +51,19 @@ def run(lake: Lake, run_id: str, generation: int = 0, heartbeat: float = HEARTBE
     end, after the status says so.
     """
     notices = notices or Notices()
-    status, log = StatusFile(lake, run_id, generation), ModelLog(logger, smoke=False)
+    status: StatusFile | None = None
+    log = ModelLog(logger, smoke=False)
     try:
+        # a run that was begun anew on purpose says from which generation on its work counts; every later status repeats it, so
+        # none is written before it is known
+        since = int((patiently(lambda: read_status(lake, run_id), log, notices.pause) or {}).get("since", 0))
+        status = StatusFile(lake, run_id, generation, since=since)
         spec = patiently(lambda: read_spec(lake, run_id), log, notices.pause)
         log = ModelLog(logger, spec.smoke)
-        # a run that was begun anew on purpose says from which generation on its work counts; every later status repeats it
-        since = int((patiently(lambda: read_status(lake, run_id), log, notices.pause) or {}).get("since", 0))
         status = StatusFile(lake, run_id, generation, spec.symbols, spec.smoke, since=since)
         patiently(lambda: status.start(heartbeat), log, notices.pause)
-        _train_all(lake, spec, generation, since, status, log, notices)
-        patiently(lambda: write_manifest(lake, spec, generation), log, notices.pause)
+        report = _train_all(lake, spec, generation, since, status, log, notices)
+        patiently(lambda: write_manifest(lake, spec, generation, report), log, notices.pause)
         patiently(lambda: status.finish("succeeded"), log, notices.pause)
     except Interrupted as interruption:
         log.warning("run %s interrupted: %s", run_id, interruption)
@@ -70,25 +77,26 @@ def run(lake: Lake, run_id: str, generation: int = 0, heartbeat: float = HEARTBE
         raise
 
 
-def _last_word(status: StatusFile, log: ModelLog, state: State, why: str, permanent: bool = False) -> None:
+def _last_word(status: StatusFile | None, log: ModelLog, state: State, why: str, permanent: bool = False) -> None:
     """Writes the status of a run that did not succeed; that this fails too must not hide why, nor change the job's exit status."""
+    if status is None:
+        log.error("the former status could not be read, so the job ends without its last word")
+        return
     try:
         patiently(lambda: status.finish(state, why, permanent), log, time.sleep)
     except Exception as error:
         log.error("the status could not be written, the job ends without its last word: %s: %s", type(error).__name__, error)
 
 
-def write_manifest(lake: Lake, spec: JobSpec, generation: int) -> None:
-    """Lists what the run has left, job and results, with size and sha256 as they are read back: whoever finds the manifest finds
-    all of them whole. Not among them: what changes (status, launches, cost) and the checkpoints.
+def write_manifest(lake: Lake, spec: JobSpec, generation: int, report: Sequence[str]) -> None:
+    """Lists what ``generation`` leaves, job, results and the keys of ``report``, with size and sha256 as they are read back: all of
+    them are whole while the status is this generation's. Not among them: what changes (status, launches, cost), the
+    checkpoints, and what an earlier repetition of the run has left.
     """
     prefix = keys.training_run(spec.run)
-    passing = {path(spec.run, s, slot) for s in spec.symbols for slot in keys.CHECKPOINT_SLOTS for path in _CHECKPOINT_FILES}
-    left = [key for s in spec.symbols for key in lake.keys(keys.run_symbol(spec.run, s, "")) if key not in passing]
+    results = [keys.run_symbol(spec.run, symbol, name) for symbol in spec.symbols for name in _RESULTS]
     files: dict[str, dict[str, Any]] = {}
-    # a run has its report unless making it failed
-    whole = [key for name in ("job.json", "report.html") if lake.exists(key := keys.training_run(spec.run, name))]
-    for key in (*whole, *left):
+    for key in (keys.training_run(spec.run, "job.json"), *results, *report):
         data = lake.read(key)
         files[key.removeprefix(prefix)] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     manifest = {
@@ -109,14 +117,17 @@ def read_spec(lake: Lake, run_id: str) -> JobSpec:
         spec = JobSpec.model_validate(lake.read_json(key))
     except KeyMissingError as error:
         raise PermanentTrainingError(f"run {run_id} has no job: {error}; write it with training.write_job") from error
-    except ValidationError as error:
+    except (ValidationError, UnreadableError) as error:
         raise PermanentTrainingError(f"{lake.url(key)} is no valid job of this version of the code: {error}") from error
     if spec.run != run_id:
         raise PermanentTrainingError(f"{lake.url(key)} is the job of run {spec.run}, expected {run_id}")
     return spec
 
 
-def _train_all(lake: Lake, spec: JobSpec, generation: int, since: int, status: StatusFile, log: ModelLog, notices: Notices) -> None:
+def _train_all(
+    lake: Lake, spec: JobSpec, generation: int, since: int, status: StatusFile, log: ModelLog, notices: Notices
+) -> list[str]:
+    """Trains what is not trained yet; returns the keys of the report, none where it failed."""
     from crpbot_lib.training.report import write_report
     from crpbot_lib.training.resume import Checkpoints
 
@@ -138,11 +149,10 @@ def _train_all(lake: Lake, spec: JobSpec, generation: int, since: int, status: S
         status.symbol(symbol, state="succeeded", accuracy=metrics["accuracy"], seconds=metrics["seconds"])
     log.info("run %s: %d models in %.1f s", spec.run, len(spec.symbols), time.monotonic() - started)
     try:
-        patiently(lambda: write_report(lake, spec), log, notices.pause)
-    except Interrupted:
-        raise
+        return patiently(lambda: write_report(lake, spec), log, notices.pause)
     except Exception as error:  # the models are trained and paid for; the page can be made from what the lake holds at any time
         log.error("run %s: no report: %s: %s", spec.run, type(error).__name__, error)
+        return []
 
 
 def _launched_type(lake: Lake, run_id: str, generation: int) -> str | None:
@@ -269,14 +279,18 @@ def _train_symbol(
     from crpbot_lib.training.resume import identity
     from crpbot_lib.training.trainer import Progress, Snapshot, train
 
-    losses: dict[int, float] = {}
-
     def report(progress: Progress) -> None:
-        losses[progress.epoch] = progress.loss
-        status.symbol(symbol, **asdict(progress))
+        # between two epochs the last one's validation stays
+        status.symbol(symbol, **{name: value for name, value in asdict(progress).items() if value is not None})
 
     def save(snapshot: Snapshot, epoch: int) -> None:
-        if checkpoints.save(snapshot, epoch):
+        began = time.monotonic()
+        while not (stored := checkpoints.save(snapshot, epoch)):
+            # another epoch will write another one, but a job that must end has no other
+            if not notices.ending or time.monotonic() - began > _LAST_CHECKPOINT_SECONDS:
+                break
+            time.sleep(_PAUSE_SECONDS)
+        if stored:
             status.symbol(symbol, checkpoint_step=snapshot.step)
 
     expected = spec.features[symbol]
@@ -339,8 +353,7 @@ def _train_symbol(
         **data.counts,
         **figures,
     }
-    # of the epochs that this process had a part in
-    evaluation["history"] = [{"epoch": epoch, "train_loss": loss} for epoch, loss in losses.items()]
+    evaluation["history"] = trained.history
     patiently(lambda: lake.write(keys.run_symbol(spec.run, symbol, "model.pt"), content), log, notices.pause)
     patiently(lambda: lake.write_json(keys.run_symbol(spec.run, symbol, "evaluation.json"), evaluation), log, notices.pause)
     # last: they say that the model is finished

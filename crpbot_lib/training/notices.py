@@ -47,17 +47,24 @@ class Notices:
         """The instance may soon be interrupted: one checkpoint now, and on."""
         self._recommended.set()
 
+    @property
+    def ending(self) -> bool:
+        """Whether the job must end."""
+        return self._end.is_set()
+
     def check(self) -> None:
         """Raises Interrupted once the job must end."""
-        if self._end.is_set():
+        if self.ending:
             raise Interrupted(self._reason)
 
     def wants_checkpoint(self) -> bool:
         """Whether a checkpoint is due before the next step; a recommendation asks for one only."""
-        if self._end.is_set():
+        if self.ending:
             return True
+        # cleared only where it was seen: one that comes between the two would be lost
         recommended = self._recommended.is_set()
-        self._recommended.clear()
+        if recommended:
+            self._recommended.clear()
         return recommended
 
     def pause(self, seconds: float) -> None:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from botocore.exceptions import BotoCoreError
+
 from crpbot_lib.lake import KeyExistsError, KeyMissingError, LakeError, UnreadableError
 from crpbot_lib.training.smoke import ModelLog
 
@@ -45,7 +47,9 @@ def patiently(
 
 def _final(error: LakeError) -> bool:
     """Whether asking again would be answered the same way."""
-    if isinstance(error, _ANSWERS) or isinstance(error.__cause__, OSError):
+    cause = error.__cause__
+    # some of botocore's errors are OSErrors: a timeout, a broken TLS connection
+    if isinstance(error, _ANSWERS) or (isinstance(cause, OSError) and not isinstance(cause, BotoCoreError)):
         return True
-    response = getattr(error.__cause__, "response", None) or {}
+    response = getattr(cause, "response", None) or {}
     return response.get("ResponseMetadata", {}).get("HTTPStatusCode") in _REFUSED

@@ -18,16 +18,17 @@ from crpbot_lib.training.smoke import ModelLog, marked
 logger = logging.getLogger(__name__)
 
 
-def write_report(lake: Lake, spec: JobSpec) -> str | None:
-    """Writes plots and page of the run's finished models; returns the page's key, None where no model is finished."""
+def write_report(lake: Lake, spec: JobSpec) -> list[str]:
+    """Writes plots and page of the run's finished models; returns the keys of what was written, the page's first. None where no
+    model is finished."""
     models = [model for symbol in spec.symbols if (model := _model(lake, spec, symbol))]
     if not models:
-        return None
+        return []
     page = _ENVIRONMENT.get_template("report.html.j2").render(job=spec, models=models, mark=marked("", spec.smoke))
     key = keys.training_run(spec.run, "report.html")
     lake.write(key, page.encode())
     ModelLog(logger, spec.smoke).info("run %s: report of %d models at %s", spec.run, len(models), lake.url(key))
-    return key
+    return [key, *(plot["key"] for model in models for plot in model["plots"])]
 
 
 def _model(lake: Lake, spec: JobSpec, symbol: str) -> dict[str, Any] | None:
@@ -39,8 +40,8 @@ def _model(lake: Lake, spec: JobSpec, symbol: str) -> dict[str, Any] | None:
     drawn = []
     for name, plot in plots.PLOTS.items():
         if png := plots.render(name, title, metrics, evaluation):
-            lake.write(keys.run_symbol(spec.run, symbol, f"{name}.png"), png)
-            drawn.append({"title": plot.title, "source": f"data:image/png;base64,{base64.b64encode(png).decode()}"})
+            lake.write(key := keys.run_symbol(spec.run, symbol, f"{name}.png"), png)
+            drawn.append({"key": key, "title": plot.title, "source": f"data:image/png;base64,{base64.b64encode(png).decode()}"})
     return {
         "symbol": symbol,
         "metrics": metrics,
@@ -55,7 +56,8 @@ def _facts(metrics: Mapping[str, Any]) -> dict[str, str]:
     windows = {part: f"{metrics[f'{part}_windows']:,} windows" for part in ("train", "validation", "test")}
     temperature = metrics["temperature"]
     fitted = "none" if temperature is None else f"{temperature:.2f} (log loss then {metrics['calibrated_log_loss']:.4f})"
-    return {**windows, "temperature": fitted, "trained for": f"{metrics['seconds']:.0f} s, {metrics['steps']:,} steps"}
+    trained = f"{metrics['seconds']:.0f} s, {metrics['steps']:,} steps, until {metrics['trained_at'][:16].replace('T', ' ')} UTC"
+    return {**windows, "temperature": fitted, "GPU": metrics["gpu"] or "none", "trained for": trained}
 
 
 def _notes(metrics: Mapping[str, Any]) -> list[str]:

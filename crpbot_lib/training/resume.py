@@ -24,7 +24,7 @@ from crpbot_lib.training.smoke import ModelLog
 from crpbot_lib.training.trainer import Snapshot
 
 logger = logging.getLogger(__name__)
-FORMAT = 2
+FORMAT = 3
 """To be raised whenever the network, the optimiser or the loop changes what a Snapshot holds or means."""
 
 

@@ -86,7 +86,8 @@ def check_model(lake: Lake, run: str, symbol: str) -> dict[str, Any]:
     status = read_status(lake, run)
     if status is None:
         raise TrainingError(f"{symbol}: run {run} has no status at {lake.url(keys.training_run(run, 'status.json'))}")
-    own = status["symbols"].get(symbol)
+    # a job that ended before it had read what to train names no symbol
+    own = status["symbols"].get(symbol) or (None if status["symbols"] else {"state": status["state"]})
     if own is None:
         raise PermanentTrainingError(f"{symbol}: run {run} trains {', '.join(status['symbols'])} and not this symbol")
     if own["state"] != "succeeded":

@@ -84,8 +84,8 @@ class StatusFile:
     def symbol(self, symbol: str, **fields: Any) -> None:
         """Updates one symbol's entry; the next heartbeat carries it.
 
-        While a symbol is in training: ``epoch``, ``epochs``, ``step``, ``steps``, ``loss``, ``eta_seconds`` (of this symbol) and
-        ``checkpoint_step``, the last that a checkpoint was written at.
+        While a symbol is in training: ``epoch``, ``epochs``, ``step``, ``steps``, ``loss``, ``eta_seconds`` (of this symbol),
+        ``validation_loss`` after the last epoch, and ``checkpoint_step``, the last that a checkpoint was written at.
         """
         with self._lock:
             self._content["symbols"][symbol] = {**self._content["symbols"].get(symbol, {}), **fields}

@@ -29,6 +29,7 @@ from crpbot_lib.training.smoke import ModelLog
 
 LOG_SECONDS = 10.0
 _EVALUATION_BATCH = 4096
+_DIVERGED = "Look at the features of this version (crpbot features verify), then lower the learning rate"
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,16 @@ class Progress:
     """Mean over the epoch so far."""
     eta_seconds: float
     """To the last step, at this process's pace."""
+    validation_loss: float | None
+    """At the end of an epoch and of the training: over every ``window_stride``-th validation window, so that overfitting is seen
+    while it is paid for. Nothing is chosen by it."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """The loop between two steps; the learning rate is constant, so there is no more to it.
 
-    The tensors are the loop's own: written, or copied, before the next step.
+    Tensors and lists are the loop's own: written, or copied, before the next step.
     """
 
     step: int
@@ -58,6 +62,8 @@ class Snapshot:
     """Spent on them."""
     loss_sum: Tensor
     """Over the steps of the epoch in progress, or of the one just ended."""
+    history: list[dict[str, float]]
+    """Of each epoch that has ended: see ``Trained``."""
     weights: dict[str, Tensor]
     optimiser: dict[str, Any]
     loss_scale: dict[str, Any]
@@ -81,6 +87,8 @@ class Trained:
     epochs: int
     train_loss: float
     """Mean over the last epoch."""
+    history: list[dict[str, float]]
+    """Per epoch ``epoch``, ``train_loss`` and ``validation_loss``; the last may have ended early."""
     seconds: float
     """Of all processes that had a part in it."""
 
@@ -107,7 +115,8 @@ def train(
     on_gpu = device.type == "cuda"
     half = on_gpu and config.mixed_precision
     # autocast would round each batch to float16: once is enough, and half as much to move
-    windows = Windows(data, config.sequence, device, torch.float16 if half else torch.float32)
+    windows = Windows(data, config.sequence, device, torch.float16 if half else torch.float32, config.batch_size)
+    later = Windows(data, config.sequence, device)
     anchors = torch.from_numpy(data.train)
     network = PriceLSTM(data.values.shape[1], config).to(device)
     optimiser = torch.optim.AdamW(
@@ -116,6 +125,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     criterion = nn.BCEWithLogitsLoss()
     loss_sum = torch.zeros((), device=device)
+    history: list[dict[str, float]] = []
     step, before = 0, 0.0
     if resume:
         network.load_state_dict(resume.weights)
@@ -123,7 +133,7 @@ def train(
         if resume.loss_scale:
             scaler.load_state_dict(resume.loss_scale)
         loss_sum.copy_(resume.loss_sum)
-        step, before = resume.step, resume.seconds
+        step, before, history = resume.step, resume.seconds, resume.history
         shuffle.set_state(resume.shuffle)
         torch.set_rng_state(resume.rng)
         if resume.cuda_rng is not None and on_gpu:
@@ -155,11 +165,13 @@ def train(
             loss_sum += loss.detach()
             step += 1
             ended = step % per_epoch == 0
-            keep = notices.wants_checkpoint() or ended or step == total
+            last = ended or step == total
+            keep = notices.wants_checkpoint() or last
             if keep or time.monotonic() - reported >= LOG_SECONDS:
                 # the only place that waits for the device
                 mean = _mean(symbol, loss_sum, step, per_epoch)
                 _still_scaling(symbol, scaler, step)
+                validation_loss = _validation_loss(symbol, network, later, data, stride, step) if last else None
                 reported = time.monotonic()
                 progress = Progress(
                     epoch=-(-step // per_epoch),
@@ -168,14 +180,18 @@ def train(
                     steps=total,
                     loss=mean,
                     eta_seconds=(reported - started) / (step - first) * (total - step),
+                    validation_loss=validation_loss,
                 )
                 _line(log, symbol, progress, before + reported - started)
+                if validation_loss is not None:
+                    history.append({"epoch": progress.epoch, "train_loss": mean, "validation_loss": validation_loss})
                 report(progress)
             if keep:
                 snapshot = Snapshot(
                     step=step,
                     seconds=before + reported - started,
                     loss_sum=loss_sum.cpu(),
+                    history=history,
                     weights=network.state_dict(),
                     optimiser=optimiser.state_dict(),
                     loss_scale=scaler.state_dict(),
@@ -187,8 +203,7 @@ def train(
                 # only here: whatever ends the training, this step is kept
                 notices.check()
 
-    later = Windows(data, config.sequence, device)
-    validation, test = (_logits(network, later, part, notices) for part in (data.validation, data.test))
+    validation, test = (_logits(network, later, part, notices.check) for part in (data.validation, data.test))
     if not (np.isfinite(validation).all() and np.isfinite(test).all()):
         raise PermanentTrainingError(f"{symbol}: the trained network gives NaN on later rows; the model diverged")
     return Trained(
@@ -198,23 +213,32 @@ def train(
         steps=step,
         epochs=-(-step // per_epoch),
         train_loss=_mean(symbol, loss_sum, step, per_epoch),
+        history=history,
         seconds=before + time.monotonic() - started,
     )
 
 
 class Windows:
-    """All windows of one symbol, on the device: a view of its rows that holds each row once, not ``sequence`` times."""
+    """All windows of one symbol, on the device: a view of its rows that holds each row once, not ``sequence`` times.
 
-    def __init__(self, data: Dataset, sequence: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    With ``batch``, for calls of at most so many anchors, nothing is allocated for a call, and the windows of one are overwritten by
+    the next: on a CPU the pages of a new batch cost as much as the copy.
+    """
+
+    def __init__(
+        self, data: Dataset, sequence: int, device: torch.device, dtype: torch.dtype = torch.float32, batch: int | None = None
+    ) -> None:
         values = torch.from_numpy(data.values).to(dtype).to(device)
         self._labels = torch.from_numpy(data.labels).to(device)
         self._before = sequence - 1
         self._all = values.unfold(0, sequence, 1).transpose(1, 2)
+        self._batch = None if batch is None else values.new_empty((batch, *self._all.shape[1:]))
         self.device = device
 
     def __call__(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Of the given anchors: windows (n, sequence, features) of the dtype, oldest row first, and float32 labels (n,)."""
-        return self._all.index_select(0, anchors - self._before), self._labels.index_select(0, anchors)
+        into = None if self._batch is None else self._batch[: len(anchors)]
+        return torch.index_select(self._all, 0, anchors - self._before, out=into), self._labels.index_select(0, anchors)
 
 
 def _epoch_order(anchors: Tensor, stride: int, shuffle: torch.Generator, device: torch.device) -> Tensor:
@@ -230,10 +254,23 @@ def _mean(symbol: str, loss_sum: Tensor, step: int, per_epoch: int) -> float:
     mean = loss_sum.item() / ((step - 1) % per_epoch + 1)
     if not np.isfinite(mean):
         raise PermanentTrainingError(
-            f"{symbol}: the loss is {mean} in epoch {-(-step // per_epoch)}, step {step}: the training diverged. "
-            "Look at the features of this version (crpbot features verify), then lower the learning rate"
+            f"{symbol}: the loss is {mean} in epoch {-(-step // per_epoch)}, step {step}: the training diverged. {_DIVERGED}"
         )
     return mean
+
+
+def _validation_loss(symbol: str, network: PriceLSTM, windows: Windows, data: Dataset, stride: int, step: int) -> float:
+    """Mean log loss over every ``stride``-th validation window; the network goes on training."""
+    anchors = data.validation[::stride]
+    # not to be interrupted: the epoch that has just ended has no checkpoint yet
+    logits = _logits(network, windows, anchors, lambda: None).astype(np.float64)
+    network.train()
+    loss = float(np.mean(np.logaddexp(0.0, logits) - data.labels[anchors] * logits))
+    if not np.isfinite(loss):
+        raise PermanentTrainingError(
+            f"{symbol}: the loss on the validation rows is {loss} after step {step}: the training diverged. {_DIVERGED}"
+        )
+    return loss
 
 
 def _still_scaling(symbol: str, scaler: torch.amp.GradScaler, step: int) -> None:
@@ -241,32 +278,33 @@ def _still_scaling(symbol: str, scaler: torch.amp.GradScaler, step: int) -> None
     if scaler.is_enabled() and (scale := scaler.get_scale()) < 1:
         raise PermanentTrainingError(
             f"{symbol}: gradients are beyond float16 again and again, the loss scale is {scale:g} at step {step}: the training "
-            "diverged. Look at the features of this version (crpbot features verify), then lower the learning rate or train "
-            "without mixed_precision"
+            f"diverged. {_DIVERGED} or train without mixed_precision"
         )
 
 
 def _line(log: ModelLog, symbol: str, at: Progress, seconds: float) -> None:
+    validation = "" if at.validation_loss is None else f", validation {at.validation_loss:.4f}"
     log.info(
-        "%s: epoch %d/%d step %d/%d, loss %.4f, %.1f s, ETA %.0f s",
+        "%s: epoch %d/%d step %d/%d, loss %.4f%s, %.1f s, ETA %.0f s",
         symbol,
         at.epoch,
         at.epochs,
         at.step,
         at.steps,
         at.loss,
+        validation,
         seconds,
         at.eta_seconds,
     )
 
 
-def _logits(network: PriceLSTM, windows: Windows, anchors: Ints, notices: Notices) -> Floats:
-    """In float32 on any device, as the model predicts later."""
+def _logits(network: PriceLSTM, windows: Windows, anchors: Ints, check: Callable[[], None]) -> Floats:
+    """In float32 on any device, as the model predicts later. ``check`` is called before each batch, and may raise."""
     network.eval()
     found: list[Tensor] = []
     with torch.inference_mode():
         for batch in torch.split(torch.from_numpy(anchors).to(windows.device), _EVALUATION_BATCH):
-            notices.check()
+            check()
             found.append(network(windows(batch)[0]))
         logits: Floats = torch.cat(found).cpu().numpy()
     return logits

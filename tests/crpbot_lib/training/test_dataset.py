@@ -26,6 +26,7 @@ def synthetic(minutes: list[int], seed: int = 0) -> pl.DataFrame:
             "timestamp": pl.Series([START + timedelta(minutes=m) for m in minutes], dtype=pl.Datetime("us", "UTC")),
             "close": 100 + rng.normal(size=n).cumsum(),
             "session": ["tokyo"] * n,
+            "volatility_regime": ["low"] * n,
             "a": pl.Series(minutes, dtype=pl.Float32),
             "b": pl.Series(rng.normal(size=n), dtype=pl.Float32),
         }
@@ -133,6 +134,18 @@ def test_equal_prices_are_dropped_and_counted() -> None:
     assert set(np.unique(data.labels[data.train])) == {0.0, 1.0}
 
 
+def test_the_back_test_trades_where_the_price_will_stand_still_too() -> None:
+    """Whoever trades does not know that it will; of an outage to come nothing can be said, for there is no price to close at."""
+    minutes = [m for m in range(400) if m != 380]
+    frame = synthetic(minutes).with_columns(close=pl.when(pl.col("a").is_between(350, 359)).then(50.0).otherwise("close"))
+
+    data = build("X", frame, ("a", "b"), CONFIG, [])
+
+    assert set(minute_of(frame, data.tradable)) - set(minute_of(frame, data.test)) == set(range(350, 355))
+    assert set(data.test) < set(data.tradable)
+    assert not set(range(375, 390)) & set(minute_of(frame, data.tradable))
+
+
 def test_the_scaler_knows_the_training_rows_only() -> None:
     frame = synthetic(list(range(400)))
     spoiled = frame.with_columns(b=pl.when(pl.col("a") > 194).then(1e6).otherwise("b").cast(pl.Float32))
@@ -177,11 +190,16 @@ FRAME = synthetic(list(range(50)))
     [
         (FRAME.drop("b"), "has 1 numeric features, the job expects 2.*not in the file: b"),
         (FRAME.with_columns(c=pl.lit(1.0, pl.Float32)), "has 3 numeric features.*not in the job: c"),
-        (FRAME.select("timestamp", "close", "session", "b", "a"), "the order differs from position 0: file b, job a"),
+        (
+            FRAME.select("timestamp", "close", "session", "volatility_regime", "b", "a"),
+            "the order differs from position 0: file b, job a",
+        ),
         (FRAME.with_columns(pl.col("b").cast(pl.Float64)), "b is Float64, expected Float32"),
         (FRAME.head(49), "49 rows, the job expects 50"),
         (FRAME.with_columns(b=pl.when(pl.col("a") == 3).then(None).otherwise("b")), "b holds null, NaN or infinite"),
         (FRAME.with_columns(b=pl.lit(float("nan"), pl.Float32)), "b holds null, NaN or infinite"),
+        (FRAME.with_columns(close=pl.lit(None, pl.Float64)), "close holds null, NaN or infinite"),
+        (FRAME.drop("volatility_regime"), "column volatility_regime is absent"),
         (FRAME.reverse(), "not sorted, unique and on the minute grid"),
     ],
 )

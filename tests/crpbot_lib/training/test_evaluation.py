@@ -239,7 +239,8 @@ def test_the_back_test_trades_one_position_at_a_time_and_pays_both_orders() -> N
     minutes = [0, 1, 14, 15, 16, 40, 60]
     moves = np.array([0.01, 9, 9, 0.02, 9, -0.03, 0.001])
 
-    found = back_test(scores([1, 1, 1, -1, 1, -1, 1], [1] * 7, minutes), moves, 25, HORIZON)
+    said = scores([1, 1, 1, -1, 1, -1, 1], [1] * 7, minutes)
+    found = back_test(said.timestamps, said.logits, moves, 25, HORIZON)
 
     assert found["trades"] == 4
     assert found["gross_bps"] == pytest.approx((100 - 200 + 300 + 10) / 4)

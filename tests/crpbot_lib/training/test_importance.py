@@ -81,7 +81,16 @@ def scorer() -> Scorer:
     scaler = Scaler(np.zeros(4, np.float32), np.ones(4, np.float32), 10)
     data = Dataset(
         **{"values": values, "labels": np.zeros(300, np.float32), "timestamps": np.arange(300) * MINUTE_US, "close": np.ones(300)},
-        **{"train": none, "validation": none, "test": none, "scaler": scaler, "counts": {}, "split": "", "test_split": ""},
+        **{
+            "train": none,
+            "validation": none,
+            "test": none,
+            "tradable": none,
+            "scaler": scaler,
+            "counts": {},
+            "split": "",
+            "test_split": "",
+        },
     )
     return Scorer(data, config, PriceLSTM(4, config).state_dict(), torch.device("cpu"), Notices())
 

@@ -272,6 +272,9 @@ def test_the_status_tells_how_far_each_symbol_is(features_lake: Any, tmp_path: P
     assert told["step"] == told["steps"] == told["checkpoint_step"] == metrics["steps"] > 30
     assert told["loss"] == pytest.approx(metrics["train_loss"])
     assert told["eta_seconds"] == 0
+    history = own.lake.read_json(keys.run_symbol(own.run, "ETH-USD", "evaluation.json"))["history"]
+    assert [(row["epoch"], row["validation_loss"] > 0) for row in history] == [(1, True), (2, True)]
+    assert history[-1]["validation_loss"] == told["validation_loss"]
 
 
 def test_the_heartbeat_goes_on_while_the_job_works(tmp_path: Path) -> None:
@@ -448,6 +451,37 @@ def test_a_checkpoint_that_is_not_stored_is_a_warning_and_the_training_goes_on(
     assert no_pause == []
     assert "SMOKE ETH-USD: no checkpoint at epoch 1, step " in caplog.text
     assert status_of(own)["state"] == "succeeded"
+
+
+def test_the_checkpoint_of_a_job_that_must_end_is_tried_until_it_is_stored(
+    features_lake: Any, tmp_path: Path, respec: Respec, no_pause: list[float]
+) -> None:
+    own = features_lake.copy(tmp_path)
+    respec(own, symbols=("ETH-USD",))
+    notices = Notices()
+    lake = Away(own.lake.root, 3, "checkpoint.pt")
+    # the notice comes in mid-training, and the store is away just then
+    asked = iter([False] * 5)
+    notices.wants_checkpoint = lambda: next(asked, None) is None and (notices.end("spot notice") or True)  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="spot notice"):
+        training_job.run(lake, own.run, notices=notices)
+
+    assert no_pause == [2, 2, 2]
+    assert status_of(own)["symbols"]["ETH-USD"]["checkpoint_step"] == 6
+    training_job.run(own.lake, own.run, generation=2)
+    assert status_of(own)["state"] == "succeeded"
+
+
+def test_a_job_that_cannot_know_which_earlier_work_counts_says_nothing_for_good(
+    features_lake: Any, tmp_path: Path, respec: Respec, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = features_lake.copy(tmp_path)
+    respec(own, symbols=("ETH-USD",))
+    own.lake.write(keys.training_run(own.run, "status.json"), b"no JSON")
+    with pytest.raises(LakeError, match="is not JSON"):
+        training_job.run(own.lake, own.run)
+    assert own.lake.read(keys.training_run(own.run, "status.json")) == b"no JSON"
+    assert "the former status could not be read, so the job ends without its last word" in caplog.text
 
 
 def test_a_status_that_cannot_be_written_hides_neither_the_failure_nor_the_interruption(

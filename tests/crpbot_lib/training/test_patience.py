@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 import pytest
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, ConnectTimeoutError, ReadTimeoutError, SSLError
 
 from crpbot_lib.lake import KeyMissingError, LakeError, UnreadableError
 from crpbot_lib.training.notices import Interrupted, Notices
@@ -80,9 +80,19 @@ def test_an_answer_is_not_waited_for(error: Exception) -> None:
     assert clock.seconds == 0
 
 
-def test_a_store_that_says_it_is_overloaded_is_waited_for() -> None:
+@pytest.mark.parametrize(
+    "cause",
+    [
+        s3_error("SlowDown", 503),
+        ConnectTimeoutError(endpoint_url="https://s3"),
+        ReadTimeoutError(endpoint_url="https://s3"),
+        SSLError(endpoint_url="https://s3", error="bad record"),
+    ],
+    ids=lambda cause: type(cause).__name__,
+)
+def test_a_store_that_is_overloaded_or_does_not_answer_in_time_is_waited_for(cause: Exception) -> None:
     clock = Clock()
-    action = failing(lambda: clock.seconds >= 3, caused_by(s3_error("SlowDown", 503)))
+    action = failing(lambda: clock.seconds >= 3, caused_by(cause))
     assert patiently(action, LOG, clock.pause, now=clock.now) == "stored"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from crpbot_lib.config import ALL_GROUPS, Settings, TrainingSettings
 from crpbot_lib.lake import keys
-from crpbot_lib.training import JobSpec, job_spec
+from crpbot_lib.training import JobSpec, PermanentTrainingError, job_spec
 from crpbot_lib.training import job as training_job
 from crpbot_lib.training.job import read_spec
 from crpbot_lib.training.report import write_report
@@ -99,6 +99,22 @@ def test_on_request_the_coin_is_trained_on_fewer_features_too(
     assert "On fewer features" in page(own)
 
 
+def test_a_comparison_that_fails_costs_no_model(
+    features_lake: Any, tmp_path: Path, respec: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    own = features_lake.copy(tmp_path)
+    respec(own, symbols=("BTC-USD",), compare_features=True, train={"max_steps": 3})
+
+    def diverges(*_: Any) -> Any:
+        raise PermanentTrainingError("BTC-USD on 31 features: the loss is nan")
+
+    monkeypatch.setattr("crpbot_lib.training.comparison.train", diverges)
+    training_job.run(own.lake, own.run)
+
+    assert own.lake.read_json(keys.run_symbol(own.run, "BTC-USD", "evaluation.json"))["compared"] == []
+    assert "BTC-USD: not compared with fewer features: PermanentTrainingError" in caplog.text
+
+
 def test_what_is_compared_is_what_the_model_has_more_of(features_lake: Any, tmp_path: Path, respec: Callable[..., JobSpec]) -> None:
     own = features_lake.copy(tmp_path)
     respec(own, symbols=("ETH-USD",), compare_features=True, train={"max_steps": 3})
@@ -143,7 +159,10 @@ def test_a_report_that_fails_costs_no_model(
         raise OSError("no space")
 
     monkeypatch.setattr("crpbot_lib.training.report.write_report", broken)
+    # an earlier repetition's page is none of this one
+    own.lake.write(keys.training_run(own.run, "report.html"), b"earlier figures")
     training_job.run(own.lake, own.run)
 
     assert own.lake.exists(keys.run_symbol(own.run, "ETH-USD", "metrics.json"))
+    assert not any(name.endswith((".html", ".png")) for name in own.lake.read_json(keys.run_manifest(own.run))["files"])
     assert "SMOKE run run-1: no report: OSError: no space" in caplog.text

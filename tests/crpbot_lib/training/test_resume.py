@@ -18,7 +18,7 @@ import torch
 
 from crpbot_lib.gpu.watch import clear_status
 from crpbot_lib.lake import Lake, LakeError, keys
-from crpbot_lib.training import TrainConfig, read_status
+from crpbot_lib.training import PermanentTrainingError, TrainConfig, check_model, read_status
 from crpbot_lib.training import job as training_job
 from crpbot_lib.training.dataset import Dataset, Scaler
 from crpbot_lib.training.notices import Interrupted, Notices
@@ -53,6 +53,7 @@ def data() -> Dataset:
         train=anchors[:145],
         validation=anchors[150:170],
         test=anchors[170:],
+        tradable=anchors[170:],
         scaler=scaler,
         counts={},
         split="later",
@@ -111,6 +112,8 @@ def assert_same(trained: Trained, expected: Trained) -> None:
     assert np.array_equal(trained.validation_logits, expected.validation_logits)
     assert np.array_equal(trained.test_logits, expected.test_logits)
     assert (trained.steps, trained.epochs, trained.train_loss) == (expected.steps, expected.epochs, expected.train_loss)
+    assert trained.history == expected.history
+    assert [row["epoch"] for row in trained.history] == list(range(1, trained.epochs + 1))
 
 
 # an epoch's end may fall on the same step, and then it must be a state of the next epoch
@@ -463,6 +466,14 @@ def test_a_deliberate_repetition_trains_anew_and_goes_on_with_its_own_work_only(
     with pytest.raises(Interrupted):
         training_job.run(own.lake, own.run, generation=2, notices=notices)
     caplog.clear()
+    # nor is one that was ended before it had even read its job, or could not
+    job = own.lake.read_json(keys.training_run(own.run, "job.json"))
+    own.lake.write(keys.training_run(own.run, "job.json"), b"no JSON")
+    with pytest.raises(PermanentTrainingError, match="is no valid job"):
+        training_job.run(own.lake, own.run, generation=2)
+    with pytest.raises(PermanentTrainingError, match=r"ETH-USD: run .* made no model, its state is failed: .* is no valid job"):
+        check_model(own.lake, own.run, "ETH-USD")
+    own.lake.write_json(keys.training_run(own.run, "job.json"), job)
     # an interrupted repetition is no success: clearing it goes on with what it has, and with nothing older
     clear_status(own.lake, own.run)
     training_job.run(own.lake, own.run, generation=3)

@@ -35,6 +35,7 @@ def data() -> Dataset:
         train=anchors[:300],
         validation=anchors[350:400],
         test=anchors[420:],
+        tradable=anchors[420:],
         scaler=Scaler(np.zeros(5, np.float32), np.ones(5, np.float32), 10.0),
         counts={},
         split="later",
@@ -60,7 +61,7 @@ def test_a_window_by_index_is_the_rows_up_to_its_anchor(data: Dataset) -> None:
 
 def test_windows_in_float16_are_those_of_float32_rounded(data: Dataset) -> None:
     anchors = torch.tensor([11, 499, 250])
-    rounded, labels = Windows(data, 12, CPU, torch.float16)(anchors)
+    rounded, labels = Windows(data, 12, CPU, torch.float16, batch=4)(anchors)
     exact, same = Windows(data, 12, CPU)(anchors)
     assert rounded.dtype == torch.float16
     assert torch.equal(rounded, exact.half())
@@ -70,6 +71,13 @@ def test_windows_in_float16_are_those_of_float32_rounded(data: Dataset) -> None:
 def test_the_windows_take_no_memory_of_their_own(data: Dataset) -> None:
     windows = Windows(data, 12, CPU)
     assert windows._all.untyped_storage().nbytes() == data.values.nbytes
+
+
+def test_an_epochs_end_tells_the_loss_on_every_so_many_th_validation_window(data: Dataset) -> None:
+    trained, _, reports = run(data, CONFIG.model_copy(update={"window_stride": 3, "epochs": 2}))
+    logits, labels = torch.from_numpy(trained.validation_logits[::3]), torch.from_numpy(data.labels[data.validation[::3]])
+    expected = nn.functional.binary_cross_entropy_with_logits(logits, labels).item()
+    assert reports[-1].validation_loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_steps_loss_and_gradients_are_those_of_the_plain_way(data: Dataset) -> None:
