@@ -6,8 +6,9 @@
   distorts least.
 * Step: loss and gradients of one step of the trainer against the plain way of writing it, float32 on the device at hand; the plain
   way is a loop over samples. On a GPU also what float16 changes.
-* Model, on a GPU alone: samples a second, and seconds and dollars of a whole model, from some of its steps; the plain loop
-  (``DataLoader``, batch 32, float32) beside it in the same process; and the log loss of both after as many samples, fewer of them.
+* Model, on a GPU alone: samples a second, and seconds and dollars of a whole training (without the report's figures), from some of
+  its epochs; the plain loop (``DataLoader``, batch 32, float32) beside it in the same process, scaled from some of its first epoch;
+  and the log loss of both after as many samples, fewer of them.
 * ``--strides 1 5 15``, instead of all that: what training on every so many-th window does to the log loss of later rows. A small
   network on a CPU, the same number of epochs for each, several seeds; with ``--features`` on real markets.
 
@@ -17,6 +18,7 @@ The data is SYNTHETIC (random rows, labels that follow from them with noise), or
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import statistics
@@ -249,30 +251,20 @@ def plain_loop(data: Dataset, config: TrainConfig, device: torch.device, seconds
     return network, seen, time.perf_counter() - began
 
 
-def pace(data: Dataset, config: TrainConfig, device: torch.device, steps: int) -> tuple[float, float]:
-    """Ours: samples a second once warm, and the seconds that a training has besides its steps."""
-    stamps: list[tuple[int, float]] = []
+def pace(data: Dataset, config: TrainConfig, device: torch.device, epochs: int) -> tuple[float, float]:
+    """Ours: the seconds of an epoch with its validation, the median of all but the first, and the seconds of a training of so many
+    epochs besides them: upload, what the first epoch took longer, the logits on later rows."""
+    ends: list[float] = []
     began = time.perf_counter()
-    # a report waits for the device, so the time between two of them is that of the steps between them
-    notices = Every(max(1, steps // 5))
-    few = config.model_copy(update={"max_steps": steps})
-    train("bench", data, few, device, LOG, lambda p: stamps.append((p.step, time.perf_counter())), lambda *_: None, notices)
+
+    def report(progress: Progress) -> None:
+        if progress.validation_loss is not None:
+            ends.append(time.perf_counter())
+
+    run(data, config.model_copy(update={"epochs": epochs}), device, report)
     ended = time.perf_counter()
-    (first, warm), (last, done) = stamps[0], stamps[-1]
-    rate = (last - first) * config.batch_size / (done - warm)
-    return rate, (ended - began) - last * config.batch_size / rate
-
-
-class Every(Notices):
-    """Asks for a checkpoint, and so for a report, every so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.steps, self.step = steps, 0
-
-    def wants_checkpoint(self) -> bool:
-        self.step += 1
-        return self.step % self.steps == 0
+    epoch = statistics.median(after - before for before, after in itertools.pairwise(ends))
+    return epoch, (ended - began) - epochs * epoch
 
 
 def log_loss(logits: Floats, labels: Floats) -> float:
@@ -289,17 +281,20 @@ def measure_model(options: argparse.Namespace, device: torch.device, config: Tra
     data = source(options.windows, config)
     speed: list[Row] = []
 
-    def row(name: str, rate: float, windows: int, besides: float) -> None:
-        seconds = config.epochs * windows / rate + besides
+    def row(name: str, epoch: float, windows: int, besides: float) -> None:
+        seconds = config.epochs * epoch + besides
         dollars = seconds / 3600 * options.usd_per_hour
-        speed.append({"loop": name, "samples/s": rate, "windows an epoch": windows, "model s": seconds, "model $": dollars})
+        speed.append(
+            {"loop": name, "samples/s": windows / epoch, "windows an epoch": windows, "model s": seconds, "model $": dollars}
+        )
 
     for batch in options.batches:
-        rate, besides = pace(data, config.model_copy(update={"batch_size": batch}), device, options.steps)
         for stride in dict.fromkeys((config.window_stride, 1)):
-            row(f"ours, batch {batch}, stride {stride}", rate, len(data.train) // stride, besides)
+            one = config.model_copy(update={"batch_size": batch, "window_stride": stride})
+            epoch, besides = pace(data, one, device, options.timed_epochs)
+            row(f"ours, batch {batch}, stride {stride}", epoch, len(data.train) // stride, besides)
     _, seen, seconds = plain_loop(data, config, device, options.plain_seconds)
-    row(f"DataLoader, batch {PLAIN_BATCH}, {seen:,} samples scaled", seen / seconds, len(data.train), 0.0)
+    row(f"DataLoader, batch {PLAIN_BATCH}, {seen:,} samples scaled", seconds / seen * len(data.train), len(data.train), 0.0)
     plain = speed[-1]["model s"]
     for one_row in speed:
         one_row["x"] = plain / one_row["model s"]
@@ -361,7 +356,7 @@ def main() -> None:
     add("--loader-windows", type=int, default=150_000)
     add("--features", type=Path, help="a features file instead of SYNTHETIC data, for the model")
     add("--windows", type=int, default=735_000, help="that a whole model trains on")
-    add("--steps", type=int, default=100, help="of ours that are timed, for each batch")
+    add("--timed-epochs", type=int, default=4, help="of ours, at least 2, for each batch and stride")
     add("--batches", type=int, nargs="+", default=[1024, 4096])
     add("--plain-seconds", type=float, default=60.0, help="at most, of the plain loop, each of the two times")
     add("--quality-windows", type=int, default=30_000)

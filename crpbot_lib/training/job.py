@@ -61,7 +61,7 @@ def run(lake: Lake, run_id: str, generation: int = 0, heartbeat: float = HEARTBE
         spec = patiently(lambda: read_spec(lake, run_id), log, notices.pause)
         log = ModelLog(logger, spec.smoke)
         status = StatusFile(lake, run_id, generation, spec.symbols, spec.smoke, since=since)
-        patiently(lambda: status.start(heartbeat), log, notices.pause)
+        patiently(lambda: status.start(heartbeat, notices.asked_seconds_ago), log, notices.pause)
         report = _train_all(lake, spec, generation, since, status, log, notices)
         patiently(lambda: write_manifest(lake, spec, generation, report), log, notices.pause)
         patiently(lambda: status.finish("succeeded"), log, notices.pause)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -31,9 +32,14 @@ class Interrupted(BaseException):
 
 
 class Notices:
-    """What the job was told so far. Told from a signal handler or another thread, asked between two steps of the training."""
+    """What the job was told so far. Told from a signal handler or another thread, asked between two steps of the training.
 
-    def __init__(self) -> None:
+    That it is asked is the sign that the job goes on: see ``asked_seconds_ago``.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._asked = clock()
         self._end = threading.Event()
         self._reason = ""
         self._recommended = threading.Event()
@@ -52,13 +58,19 @@ class Notices:
         """Whether the job must end."""
         return self._end.is_set()
 
+    def asked_seconds_ago(self) -> float:
+        """How long the job has not asked: between two steps or batches, or while it waits for the lake, it always does."""
+        return self._clock() - self._asked
+
     def check(self) -> None:
         """Raises Interrupted once the job must end."""
+        self._asked = self._clock()
         if self.ending:
             raise Interrupted(self._reason)
 
     def wants_checkpoint(self) -> bool:
         """Whether a checkpoint is due before the next step; a recommendation asks for one only."""
+        self._asked = self._clock()
         if self.ending:
             return True
         # cleared only where it was seen: one that comes between the two would be lost

@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 5.0
 FRESH_SECONDS = 60.0
 """An older heartbeat is no sign of life: a dozen of them were not written."""
+HANGS_SECONDS = 300.0
+"""A job that has not asked its notices for so long hangs, and has no heartbeat: the longest pause of a sound one is reading and
+scaling the rows of a symbol."""
 State = Literal["running", "succeeded", "failed", "interrupted"]
 
 
@@ -70,10 +73,11 @@ class StatusFile:
             "symbols": {symbol: {"state": "pending"} for symbol in symbols},
         }
 
-    def start(self, every: float = HEARTBEAT_SECONDS) -> None:
-        """Writes ``running`` and keeps the heartbeat going in a thread. LakeError when the first cannot be written."""
+    def start(self, every: float = HEARTBEAT_SECONDS, idle: Callable[[], float] = lambda: 0.0) -> None:
+        """Writes ``running`` and keeps the heartbeat going in a thread, while ``idle`` says that the job has gone on within
+        HANGS_SECONDS. LakeError when the first cannot be written."""
         self._write()
-        self._thread = threading.Thread(target=self._beat, args=(every,), name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._beat, args=(every, idle), name="heartbeat", daemon=True)
         self._thread.start()
 
     def gpu(self, name: str | None) -> None:
@@ -113,8 +117,15 @@ class StatusFile:
                 content = copy.deepcopy(self._content)
             self._lake.write_json(self._key, content)
 
-    def _beat(self, every: float) -> None:
+    def _beat(self, every: float, idle: Callable[[], float]) -> None:
+        hung = False
         while not self._stop.wait(every):
+            if (seconds := idle()) > HANGS_SECONDS:
+                if not hung:
+                    logger.error("the job has not gone on for %.0f s: no heartbeat until it does", seconds)
+                hung = True
+                continue
+            hung = False
             try:
                 self._write(heartbeat=True)
             except Exception as error:  # a store away for a moment must not end the heartbeat; the watcher has its own limit

@@ -175,6 +175,12 @@ def test_clearing_the_running_work_leaves_one_instance_and_then_none(deployment:
     assert all(i["state"] == "terminated" for i in mine)
     assert deployment.living() == []
 
+    # what is trained is not trained again because something behind it is done again
+    airflow.clear("retrain", run, "sync_models")
+    assert airflow.wait("retrain", run, LIMIT) == "success"
+    assert states(deployment, "retrain", run)["launch"] == {"success"}
+    assert [i["id"] for i in deployment.instances() if i["tags"].get("crpbot:run") == name] == [i["id"] for i in mine]
+
 
 def test_a_run_that_somebody_marks_as_failed_stays_failed_and_leaves_no_instance(deployment: Any, trained: dict[str, Any]) -> None:
     """Airflow then skips every task but the teardowns, and a green teardown would make the run green."""

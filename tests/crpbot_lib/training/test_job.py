@@ -511,6 +511,36 @@ def test_a_status_that_cannot_be_written_hides_neither_the_failure_nor_the_inter
     assert "the job ends without its last word: LakeError: training-runs/run-1/status.json: the store is away" in caplog.text
 
 
+def test_a_training_that_hangs_has_no_heartbeat_until_it_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from crpbot_lib.training.status import HANGS_SECONDS, StatusFile
+
+    clock, beats = [0.0], threading.Semaphore(0)
+
+    class Told(Lake):
+        def write_json(self, key: str, value: Any, **options: Any) -> None:
+            super().write_json(key, value, **options)
+            beats.release()
+
+    notices = Notices(clock=lambda: clock[0])
+    status = StatusFile(Told(f"file://{tmp_path}"), "r", symbols=("BTC-USD",))
+    status.start(every=0.01, idle=notices.asked_seconds_ago)
+    for _ in range(3):
+        assert beats.acquire(timeout=60)
+
+    clock[0] = HANGS_SECONDS + 1
+    until = time.monotonic() + 60
+    while "the job has not gone on for 301 s: no heartbeat until it does" not in caplog.text:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    while beats.acquire(timeout=0.1):
+        pass  # one may have been on its way
+    assert caplog.text.count("has not gone on") == 1
+
+    notices.wants_checkpoint()
+    assert beats.acquire(timeout=60)
+    status.finish("succeeded")
+
+
 def test_the_loop_does_not_wait_for_a_heartbeat_that_hangs(tmp_path: Path) -> None:
     from crpbot_lib.training.status import StatusFile
 
