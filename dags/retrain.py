@@ -116,19 +116,21 @@ def retrain() -> None:
         """Writes the job's spec. Never touches EC2: it always succeeds as a setup, so the teardown always runs.
 
         Cleared by hand together with `train`: what had succeeded is trained anew, what was interrupted or had failed is gone on
-        with. A later task that is cleared alone clears its setups too, so this one runs again; what is trained then stays."""
+        with. A later task that is cleared alone clears its setups too, so this one runs again; what is trained then stays, and the
+        job that it was trained by."""
         from crpbot_lib import training
         from crpbot_lib.gpu import watch
 
         states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id], task_ids=["train"])
 
         def write(current: Any, lake: Any) -> str:
+            if states.get(ti.run_id, {}).get("train") == "success" and watch.job_succeeded(lake, run_plan["run"]):
+                return str(run_plan["run"])
             spec = training.job_spec(
                 current, lake, run_plan["run"], feature_plan["version"], run_plan["symbols"], run_plan["smoke"]
             )
             training.write_job(lake, spec)
-            if states.get(ti.run_id, {}).get("train") != "success":
-                watch.clear_status(lake, run_plan["run"])
+            watch.clear_status(lake, run_plan["run"])
             return str(run_plan["run"])
 
         return run_step(write)

@@ -133,6 +133,15 @@ def release(lake: Lake, record: LaunchRecord) -> None:
         _write(lake, entry.model_copy(update={"state": "ended" if entry.bills else "nothing"}))
 
 
+def forgotten(lake: Lake, record: LaunchRecord) -> None:
+    """Closes the entry of a generation whose instance EC2 no longer shows, where its bill is known; else its worst case stays."""
+    entry = _read(lake, keys.ledger(record.month, record.run, record.generation))
+    if entry is None or entry.state != "open" or any(bill.ended_at is None for bill in entry.bills):
+        return
+    if any(bill.sequence >= entry.sequence for bill in entry.bills):
+        _write(lake, entry.model_copy(update={"state": "ended"}))
+
+
 def settle(
     ec2: EC2Client, lake: Lake, found: Iterable[Instance], *, anew: bool = False, now: Callable[[], datetime] = UTC_NOW
 ) -> list[Entry]:

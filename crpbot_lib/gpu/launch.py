@@ -242,6 +242,8 @@ def ensure_instance(
                 raise NoCapacityError(_nothing_left(lake, record)) from error
             record = following
             continue
+        if launched is None:
+            budget.forgotten(lake, record)
         latest = records(lake, run)[-1]
         if latest.sequence > record.sequence:
             # this launcher was slow: another one had moved on before the call, and what it recorded last is the run's instance

@@ -284,10 +284,13 @@ def _train_symbol(
         status.symbol(symbol, **{name: value for name, value in asdict(progress).items() if value is not None})
 
     def save(snapshot: Snapshot, epoch: int) -> None:
-        began = time.monotonic()
+        ending: float | None = None
         while not (stored := checkpoints.save(snapshot, epoch)):
             # another epoch will write another one, but a job that must end has no other
-            if not notices.ending or time.monotonic() - began > _LAST_CHECKPOINT_SECONDS:
+            if not notices.ending:
+                break
+            ending = ending or time.monotonic()
+            if time.monotonic() - ending > _LAST_CHECKPOINT_SECONDS:
                 break
             time.sleep(_PAUSE_SECONDS)
         if stored:

@@ -66,6 +66,8 @@ class Checkpoints:
             except KeyMissingError:
                 found = "none"
             wrong = [] if found == told else [f"model.pt has sha256 {found}, the metrics say {told}"]
+            if not self._lake.exists(keys.run_symbol(run, symbol, "evaluation.json")):
+                wrong.append("it has no evaluation.json")
         if wrong:
             self._log.warning("%s: the finished model is not this job's, it is trained again: %s", symbol, "; ".join(wrong))
             return None

@@ -49,6 +49,8 @@ HELD_AFTER_SECONDS = 8.0
 """Airflow hears of a mark or a clear at the task's next heartbeat, which comes every 5 s: until then the task is held."""
 AWAY_SECONDS = 20.0
 """How long a killed component, or AWS, is away; the database for twice as long."""
+PARSED_AFTER_SECONDS = 65.0
+"""Airflow looks for changed files every 30 s, and parses each every 30 s."""
 CODE = ("crpbot_lib", "dags", "infra", "plugins", "tests/fault_matrix")
 """What a result depends on."""
 SHORT_CLOCKS = {
@@ -119,6 +121,7 @@ class Struck:
     task_id: str = ""
     attempt: int = 0
     at: datetime | None = None
+    left_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     let_go_when: Callable[[], bool] | None = None
     let_go: float | None = None
     """On the monotonic clock."""
@@ -275,7 +278,7 @@ def run_together(deployment: Deployment, batch: Sequence[Cell]) -> Iterator[Resu
     """Cells of a fault that hits every run at once: each is brought to its phase, then it happens.
 
     They wait for each other before their launches, so that no instance grows old while the last run is on its way. Who is no
-    longer at its phase when the others are gets there in a run of its own, afterwards.
+    longer at its phase when the others are gets there in a run of its own, afterwards, unless what became of this one is wrong.
     """
     deployment.start_airflow()
     open_ = [_start(deployment, cell, gate="look") for cell in batch]
@@ -290,6 +293,7 @@ def run_together(deployment: Deployment, batch: Sequence[Cell]) -> Iterator[Resu
     for struck in late:
         deployment.say(f"{struck.key}: it has left its phase, and is begun anew after the others")
         open_.remove(struck)
+        struck.left_at = datetime.now(UTC)
         deployment.airflow.mark_run(struck.dag, struck.dag_run, "failed")
         for at in {*held_at(struck.cell), struck.gate}:
             deployment.post("holds/release", {"run": struck.run, "at": at})
@@ -305,8 +309,22 @@ def run_together(deployment: Deployment, batch: Sequence[Cell]) -> Iterator[Resu
                 yield result
         time.sleep(1)
     deployment.write_timeout(3600)
-    if late:
-        yield from run_together(deployment, [struck.cell for struck in late])
+    again = []
+    for struck in late:
+        while any(i["state"] != "terminated" for i in deployment.instances(struck.run)):
+            if datetime.now(UTC) - struck.left_at > timedelta(seconds=END_SECONDS):
+                break
+            time.sleep(1)
+        found = deployment.instances(struck.run)
+        if wrong := _forbidden(found):
+            layers, life = [_layer(instance["ended_by"]) for instance in found], max(map(_life, found), default=0.0)
+            yield Result(struck.key, "left its phase", layers, 0.0, struck.attempt, round(life, 1), wrong)
+        else:
+            again.append(struck.cell)
+    if again:
+        if cells.DAGRUN_TIMEOUT in {cell.fault for cell in again}:
+            time.sleep(PARSED_AFTER_SECONDS)
+        yield from run_together(deployment, again)
 
 
 def _until_all(all_: Sequence[Struck], there: Callable[[Struck, dict[tuple[str, str], int]], bool], deployment: Deployment) -> None:
@@ -572,21 +590,16 @@ def _result(deployment: Deployment, struck: Struck) -> Result:
     found = deployment.instances(struck.run)
     tasks = {} if stopped else _states(deployment, struck)
     state = "no Airflow" if stopped else deployment.airflow.run_state(struck.dag, struck.dag_run)
-    wrong = []
-    if living := [f"{i['id']} is {i['state']}" for i in found if i["state"] != "terminated" or i["pids"]]:
-        wrong.append(f"alive: {', '.join(living)}")
-    spans = sorted(_alive_span(instance) for instance in found)
-    if any(following[0] < former[1] for former, following in itertools.pairwise(spans)):
-        wrong.append("two instances were alive at once")
+    wrong = _forbidden(found)
+    spans = [_alive_span(instance) for instance in found]
+    if not _is_quiet(deployment, struck):
+        wrong.append("a process still works for the run")
     if state not in (*ENDED, "no Airflow"):
         wrong.append(f"the run is still {state}")
     # who marks the sync as done takes its place
     done_by_hand = struck.cell == Cell(cells.SYNC, cells.TASK_SUCCESS)
     if state == "success" and not done_by_hand and not _published(deployment, struck.run):
         wrong.append("the run is green and has published nothing")
-    lives = [_life(instance) for instance in found]
-    if lives and max(lives) > LONGEST_LIFE:
-        wrong.append(f"an instance lived {max(lives):.0f} s, its last layer should have ended it after {LONGEST_LIFE:.0f} s")
     layers = [_layer(instance["ended_by"]) for instance in found]
     if (expected := cells.last_layers(struck.cell)) and layers and layers[-1] not in expected:
         wrong.append(f"layer {layers[-1]} ended it, expected {' or '.join(sorted(expected))}")
@@ -600,7 +613,21 @@ def _result(deployment: Deployment, struck: Struck) -> Result:
     ends = [datetime.fromisoformat(i["history"][-1]["at"]) for i in found]
     seconds = max([0.0, *((end - struck.at).total_seconds() for end in ends)])
     attempts = int(tasks[struck.cell.phase.task]["try_number"]) if tasks else 1
-    return Result(struck.key, state, layers, round(seconds, 1), attempts, round(max(lives, default=0.0), 1), wrong)
+    life = max(map(_life, found), default=0.0)
+    return Result(struck.key, state, layers, round(seconds, 1), attempts, round(life, 1), wrong)
+
+
+def _forbidden(found: Sequence[dict[str, Any]]) -> list[str]:
+    """What no fault excuses among the instances of a run."""
+    wrong = []
+    if living := [f"{i['id']} is {i['state']}" for i in found if i["state"] != "terminated" or i["pids"]]:
+        wrong.append(f"alive: {', '.join(living)}")
+    spans = sorted(_alive_span(instance) for instance in found)
+    if any(following[0] < former[1] for former, following in itertools.pairwise(spans)):
+        wrong.append("two instances were alive at once")
+    if (life := max(map(_life, found), default=0.0)) > LONGEST_LIFE:
+        wrong.append(f"an instance lived {life:.0f} s, its last layer should have ended it after {LONGEST_LIFE:.0f} s")
+    return wrong
 
 
 def _alive_span(instance: dict[str, Any]) -> tuple[datetime, datetime]:

@@ -16,7 +16,7 @@ from botocore.exceptions import ClientError, ReadTimeoutError
 from botocore.stub import Stubber
 
 from crpbot_lib.config import GpuCandidate, GpuSettings
-from crpbot_lib.gpu import instances, launch
+from crpbot_lib.gpu import budget, instances, launch
 from crpbot_lib.gpu.terminate import terminate_run
 from crpbot_lib.lake import Lake, keys
 from crpbot_lib.sandbox.server import Sandbox
@@ -344,17 +344,20 @@ def test_an_instance_whose_job_has_failed_is_replaced(ec2: Any, gpu: GpuSettings
     assert [i.id for i in alive(ec2, gpu, run)] == [second.id]
 
 
+@pytest.mark.parametrize(("billed", "state"), [(False, "open"), (True, "ended")])
 def test_an_instance_that_ec2_has_forgotten_is_followed_by_a_new_generation_and_stays_in_the_ledger(
-    ec2: Any, gpu: GpuSettings, lake: Lake, run: str, monkeypatch: pytest.MonkeyPatch
+    billed: bool, state: str, ec2: Any, gpu: GpuSettings, lake: Lake, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = launch.ensure_instance(ec2, lake, gpu, run)
     terminate_run(ec2, lake, gpu, run)
+    if billed:
+        budget.report(ec2, lake, gpu, run)
     # an hour after its end an instance is no longer described, its token is known for a day
     monkeypatch.setattr(instances, "find", lambda *_, **__: [])
     second = launch.ensure_instance(ec2, lake, gpu, run)
     assert (first.generation, second.generation) == (1, 2)
     entries = [lake.read_json(key) for key in lake.keys(keys.LEDGER)]
-    assert [entry["state"] for entry in entries] == ["open", "open"], "what it came to is not known: its worst case counts"
+    assert [entry["state"] for entry in entries] == [state, "open"], "where it is not known what it came to, its worst case counts"
 
 
 def test_a_second_living_instance_of_the_run_is_ended_and_the_newest_generation_stays(
