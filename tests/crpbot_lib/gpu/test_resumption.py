@@ -63,8 +63,8 @@ def test_a_run_that_is_interrupted_is_trained_to_its_end_by_the_next_instance(
     own = features_lake.copy(tmp_path)
     lake, run = own.lake, own.run
     spec = read_spec(lake, run)
-    # long enough that a notice, which is looked for every five seconds, finds it at work
-    longer = spec.train.model_copy(update={"max_steps": None, "epochs": 24})
+    # long enough that a notice, which is looked for every five seconds, finds it at work, and that the next instance's work is seen
+    longer = spec.train.model_copy(update={"max_steps": None, "epochs": 60})
     training.write_job(lake, spec.model_copy(update={"symbols": ("ETH-USD",), "train": longer}))
 
     first = launch.ensure_instance(ec2, lake, gpu, run)
@@ -91,4 +91,4 @@ def test_a_run_that_is_interrupted_is_trained_to_its_end_by_the_next_instance(
     assert any("ETH-USD: resuming at epoch " in line and " of generation 1" in line for line in follower.lines)
     assert any("ETH-USD (1 of 1): epoch " in line and " so far (" in line for line in follower.progress), follower.progress
     metrics = lake.read_json(keys.run_symbol(run, "ETH-USD", "metrics.json"))
-    assert (metrics["generation"], metrics["epochs"]) == (2, 24)
+    assert (metrics["generation"], metrics["epochs"]) == (2, 60)

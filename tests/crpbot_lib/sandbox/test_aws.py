@@ -18,7 +18,7 @@ def code_of(error: pytest.ExceptionInfo[ClientError]) -> str:
     return str(error.value.response["Error"]["Code"])
 
 
-def test_the_same_token_gives_the_same_instance_back_even_after_its_end(cloud: Any) -> None:
+def test_the_same_token_gives_the_same_instance_back_and_none_after_its_end(cloud: Any) -> None:
     first = cloud.run(IDLE, ClientToken="once")
     again = cloud.run(IDLE, ClientToken="once")
     assert again["ReservationId"] == first["ReservationId"]
@@ -26,8 +26,9 @@ def test_the_same_token_gives_the_same_instance_back_even_after_its_end(cloud: A
     assert [i["InstanceId"] for i in again["Instances"]] == [instance]
     cloud.ec2.terminate_instances(InstanceIds=[instance])
     cloud.wait_for_state(instance, "terminated")
-    dead = cloud.run(IDLE, ClientToken="once")["Instances"][0]
-    assert (dead["InstanceId"], dead["State"]["Name"]) == (instance, "terminated")
+    with pytest.raises(ClientError, match=instance) as error:
+        cloud.run(IDLE, ClientToken="once")
+    assert code_of(error) == "IdempotentInstanceTerminated"
 
 
 def test_the_same_token_with_other_parameters_is_refused(cloud: Any) -> None:
