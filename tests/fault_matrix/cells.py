@@ -46,13 +46,24 @@ TRIGGERER_KILLED = Fault("triggerer SIGKILL", shared=True)
 RUN_FAILED = Fault("run marked failed")
 TASK_SUCCESS = Fault("task marked success")
 TASK_CLEARED = Fault("task cleared")
-DAGRUN_TIMEOUT = Fault("dagrun timeout", shared=True)
+DAGRUN_TIMEOUT = Fault("dagrun timeout")
 AWS_ERRORS = Fault("AWS errors, throttling", shared=True)
 INTERRUPTED = Fault("spot interruption")
 DATABASE_DOWN = Fault("metadata database down", shared=True)
 INSTANCE_HANGS = Fault("instance hangs")
 AIRFLOW_STOPPED = Fault("Airflow stopped", shared=True)
 AIRFLOW_STOPPED_AND_HANGS = Fault("Airflow stopped, instance hangs", shared=True)
+GOES_ON = (
+    TASK_FAILS,
+    WORKER_KILLED,
+    TASK_SUCCESS,
+    TASK_CLEARED,
+    AWS_ERRORS,
+    SCHEDULER_KILLED,
+    TRIGGERER_KILLED,
+    DATABASE_DOWN,
+)
+"""After which a run whose launch was struck trains on, and ends by itself."""
 STOPPING = (AIRFLOW_STOPPED, AIRFLOW_STOPPED_AND_HANGS)
 """With no Airflow left to go on with the run."""
 FAULTS = (
@@ -100,10 +111,10 @@ SHORT = tuple(
         (TRAINING, INSTANCE_HANGS),
         (SYNC, TASK_SUCCESS),
         (TEARDOWN, TASK_FAILS),
+        (SYNC, DAGRUN_TIMEOUT),
         (IN_RUN_INSTANCES, SCHEDULER_KILLED),
         (TRAINING, SCHEDULER_KILLED),
         (TEARDOWN, SCHEDULER_KILLED),
-        (SYNC, DAGRUN_TIMEOUT),
         (TRAINING, AIRFLOW_STOPPED),
         (PULL, AIRFLOW_STOPPED),
         (TRAINING, AIRFLOW_STOPPED_AND_HANGS),

@@ -49,8 +49,6 @@ HELD_AFTER_SECONDS = 8.0
 """Airflow hears of a mark or a clear at the task's next heartbeat, which comes every 5 s: until then the task is held."""
 AWAY_SECONDS = 20.0
 """How long a killed component, or AWS, is away; the database for twice as long."""
-PARSED_AFTER_SECONDS = 65.0
-"""Airflow looks for changed files every 30 s, and parses each every 30 s."""
 CODE = ("crpbot_lib", "dags", "infra", "plugins", "tests/fault_matrix")
 """What a result depends on."""
 SHORT_CLOCKS = {
@@ -61,7 +59,7 @@ SHORT_CLOCKS = {
     "CRPBOT_GPU__REAP_GRACE_MINUTES": "0.25",
     # what the instances of more than a hundred launches could come to at worst
     "CRPBOT_GPU__MAX_MONTH_USD": "1000",
-    "AIRFLOW__CORE__PARALLELISM": "12",
+    "AIRFLOW__CORE__PARALLELISM": "16",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "5",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
@@ -125,6 +123,8 @@ class Struck:
     let_go_when: Callable[[], bool] | None = None
     let_go: float | None = None
     """On the monotonic clock."""
+    hurried: bool = False
+    """Whether its training has been let go too."""
 
     @property
     def key(self) -> str:
@@ -134,8 +134,9 @@ class Struck:
 class Deployment:
     """A local cloud, an Airflow on it with shortened clocks, and the dead-man's switch."""
 
-    def __init__(self, state: Path, say: Log) -> None:
+    def __init__(self, state: Path, say: Log, todo: Sequence[Cell] = ()) -> None:
         self.state, self.say = state, say
+        self.timeouts = [cell for cell in todo if cell.fault == cells.DAGRUN_TIMEOUT]
         self.marker = f"matrix-{uuid.uuid4().hex}"
         self._number = 0
         self._airflow: LocalAirflow | None = None
@@ -193,11 +194,12 @@ class Deployment:
             (self.dags / file.name).write_text(file.read_text())
         retrain = (REPOSITORY / "dags" / "retrain.py").read_text()
         (self.dags / "retrain.py").write_text(_changed(retrain, "max_active_runs=1", "max_active_runs=16"))
-        self.write_timeout(3600)
+        for cell in self.timeouts:
+            self.write_timeout(cell, 3600)
         airflow = LocalAirflow(home, self.env, marker=f"{self.marker}-airflow-{self._number}", dags=self.dags)
         airflow.start()
         self._airflow = airflow
-        for dag in ("retrain", "retrain_with_timeout", "reap_gpu_instances"):
+        for dag in ("retrain", *map(_dag, self.timeouts), "reap_gpu_instances"):
             airflow.unpause(dag)
         self.say(f"Airflow is up at {airflow.url}")
 
@@ -206,12 +208,18 @@ class Deployment:
         if self._airflow is not None and (dead := self._airflow.restart_dead()):
             self.say(f"died and were started anew: {', '.join(dead)}")
 
-    def write_timeout(self, seconds: int) -> None:
-        """The DAG with the ``dagrun_timeout`` that it must not have."""
+    def write_timeout(self, cell: Cell, seconds: int) -> None:
+        """The cell's own DAG, with the ``dagrun_timeout`` that it must not have."""
         text = (REPOSITORY / "dags" / "retrain.py").read_text()
         text = _changed(text, "max_active_runs=1", f"max_active_runs=16,\n    dagrun_timeout=timedelta(seconds={seconds})")
-        text = _changed(text, "@dag(\n", '@dag(\n    dag_id="retrain_with_timeout",\n')
-        (self.dags / "retrain_with_timeout.py").write_text(text)
+        text = _changed(text, "@dag(\n", f'@dag(\n    dag_id="{_dag(cell)}",\n')
+        (self.dags / f"{_dag(cell)}.py").write_text(text)
+
+    def without_timeouts(self) -> None:
+        """Takes the DAGs with a timeout away: every file costs the dag processor."""
+        for cell in self.timeouts:
+            (self.dags / f"{_dag(cell)}.py").unlink(missing_ok=True)
+        self.timeouts = []
 
     # --- the local cloud ---
 
@@ -246,6 +254,12 @@ def _changed(text: str, old: str, new: str) -> str:
     return text.replace(old, new)
 
 
+def _dag(cell: Cell) -> str:
+    """The DAG that the cell's run is one of."""
+    phase = re.sub("[^a-z]+", "_", cell.phase.name.lower())
+    return f"retrain_timeout_{phase}" if cell.fault == cells.DAGRUN_TIMEOUT else "retrain"
+
+
 def caught(cell: Cell) -> bool:
     """Whether ``train`` is caught on its first look at its instance: deferred, it has no worker to kill."""
     return cell.fault == cells.WORKER_KILLED and cell.phase in cells.DEFERRED
@@ -256,12 +270,16 @@ def held_at(cell: Cell) -> list[str]:
     return [at for at in (cell.phase.keeps, cell.phase.at, "look" if caught(cell) else "") if at]
 
 
-def run_apart(deployment: Deployment, todo: Sequence[Cell], at_once: int) -> Iterator[Result]:
-    """Cells that hit their own run alone: ``at_once`` side by side, each struck when it is at its phase."""
+def run_apart(
+    deployment: Deployment, todo: Sequence[Cell], at_once: int, following: Sequence[Cell], ahead: list[Struck]
+) -> Iterator[Result]:
+    """Cells that hit their own run alone: ``at_once`` side by side, each struck when it is at its phase. The runs of the
+    ``following`` cells begin when all have been struck, and are put in ``ahead``."""
     waiting, open_ = list(todo), list[Struck]()
     while waiting or open_:
         while waiting and len(open_) < at_once:
-            open_.append(_start(deployment, waiting.pop(0)))
+            cell = waiting.pop(0)
+            open_.append(Struck(cell, _dag(cell), deployment.airflow.trigger(_dag(cell), conf=CONF)))
         reached = deployment.reached()
         for struck in list(open_):
             if struck.at is None and _is_there(deployment, struck, reached):
@@ -271,17 +289,35 @@ def run_apart(deployment: Deployment, todo: Sequence[Cell], at_once: int) -> Ite
             if struck.at is not None and (result := _end_of(deployment, struck)):
                 open_.remove(struck)
                 yield result
+        if not ahead and not waiting and all(struck.at for struck in open_):
+            ahead += _start_all(deployment, following)
+        _hold_in_time(deployment, ahead)
         time.sleep(1)
 
 
-def run_together(deployment: Deployment, batch: Sequence[Cell]) -> Iterator[Result]:
-    """Cells of a fault that hits every run at once: each is brought to its phase, then it happens.
+def run_batches(deployment: Deployment, batches: Sequence[Sequence[Cell]], ahead: list[Struck]) -> Iterator[Result]:
+    """Batch after batch of cells whose fault hits every run at once; the runs of the first may be ``ahead``. While one ends, the
+    runs of the next are on their way to their launches already, unless Airflow is stopped."""
+    for batch, following in itertools.zip_longest(batches, batches[1:], fillvalue=()):
+        deployment.start_airflow()
+        open_, ahead = ahead or _start_all(deployment, batch), []
+        go_ahead = () if batch[0].fault in cells.STOPPING else following
+        yield from run_together(deployment, open_, go_ahead, ahead)
+
+
+def _start_all(deployment: Deployment, batch: Sequence[Cell]) -> list[Struck]:
+    return [Struck(cell, _dag(cell), deployment.airflow.trigger(_dag(cell), conf=CONF), gate="look") for cell in batch]
+
+
+def run_together(
+    deployment: Deployment, open_: list[Struck], following: Sequence[Cell] = (), ahead: list[Struck] | None = None
+) -> Iterator[Result]:
+    """Cells of a fault that hits every run at once: each is brought to its phase, then it happens. The runs of the ``following``
+    cells begin behind it and are put in ``ahead``.
 
     They wait for each other before their launches, so that no instance grows old while the last run is on its way. Who is no
     longer at its phase when the others are gets there in a run of its own, afterwards, unless what became of this one is wrong.
     """
-    deployment.start_airflow()
-    open_ = [_start(deployment, cell, gate="look") for cell in batch]
     _until_all(open_, lambda struck, reached: _is_held(deployment, struck, reached), deployment)
     for struck in open_:
         if struck.cell.phase != cells.BEFORE_LAUNCH:
@@ -301,14 +337,16 @@ def run_together(deployment: Deployment, batch: Sequence[Cell]) -> Iterator[Resu
     for struck in open_:
         struck.at = datetime.now(UTC)
     _strike_all(deployment, open_)
+    ahead = [] if ahead is None else ahead
+    ahead += _start_all(deployment, following)
     while open_:
         deployment.restart_dead()
+        _hold_in_time(deployment, ahead)
         for struck in list(open_):
             if result := _end_of(deployment, struck):
                 open_.remove(struck)
                 yield result
         time.sleep(1)
-    deployment.write_timeout(3600)
     again = []
     for struck in late:
         while any(i["state"] != "terminated" for i in deployment.instances(struck.run)):
@@ -322,9 +360,16 @@ def run_together(deployment: Deployment, batch: Sequence[Cell]) -> Iterator[Resu
         else:
             again.append(struck.cell)
     if again:
-        if cells.DAGRUN_TIMEOUT in {cell.fault for cell in again}:
-            time.sleep(PARSED_AFTER_SECONDS)
-        yield from run_together(deployment, again)
+        _until_all(ahead, lambda struck, reached: _is_held(deployment, struck, reached), deployment)
+        deployment.start_airflow()
+        yield from run_together(deployment, _start_all(deployment, again))
+
+
+def _hold_in_time(deployment: Deployment, ahead: Sequence[Struck]) -> None:
+    """A run's holds must be there before its launch is."""
+    for struck in ahead:
+        if not struck.run:
+            _is_there(deployment, struck, {})
 
 
 def _until_all(all_: Sequence[Struck], there: Callable[[Struck, dict[tuple[str, str], int]], bool], deployment: Deployment) -> None:
@@ -333,11 +378,6 @@ def _until_all(all_: Sequence[Struck], there: Callable[[Struck, dict[tuple[str, 
         reached = deployment.reached()
         away = [struck for struck in away if not there(struck, reached)]
         time.sleep(1)
-
-
-def _start(deployment: Deployment, cell: Cell, gate: str = "") -> Struck:
-    dag = "retrain_with_timeout" if cell.fault == cells.DAGRUN_TIMEOUT else "retrain"
-    return Struck(cell, dag, deployment.airflow.trigger(dag, conf=CONF), gate=gate)
 
 
 def _is_held(deployment: Deployment, struck: Struck, reached: dict[tuple[str, str], int]) -> bool:
@@ -404,11 +444,6 @@ def _states(deployment: Deployment, struck: Struck) -> dict[str, dict[str, Any]]
 def _strike_all(deployment: Deployment, struck: Sequence[Struck]) -> None:
     """What hits every run at once."""
     faults = {one.cell.fault for one in struck}
-    if cells.DAGRUN_TIMEOUT in faults:
-        deployment.write_timeout(1)
-        for one in struck:
-            one.let_go_when = _has_ended(deployment, one)
-        return
     {
         cells.AWS_ERRORS: _aws_errors,
         cells.SCHEDULER_KILLED: _kill("scheduler"),
@@ -425,6 +460,9 @@ def _strike_one(deployment: Deployment, struck: Struck) -> Callable[[], bool] | 
     after = time.monotonic() + HELD_AFTER_SECONDS
     if cell.fault == cells.TASK_FAILS:
         return _fail_task(deployment, struck)
+    if cell.fault == cells.DAGRUN_TIMEOUT:
+        deployment.write_timeout(cell, 1)
+        return _has_ended(deployment, struck)
     if cell.fault == cells.WORKER_KILLED:
         _kill_worker(deployment, struck)
         deployment.release(struck)
@@ -559,6 +597,7 @@ def _end_of(deployment: Deployment, struck: Struck) -> Result | None:
         if struck.let_go_when and struck.let_go_when():
             deployment.release(struck)
             struck.let_go_when = None
+        _hurry(deployment, struck)
         gone = all(i["state"] == "terminated" and not i["pids"] for i in deployment.instances(struck.run))
         over = gone and not struck.let_go_when and _is_quiet(deployment, struck)
         over = over and (stopped or _has_ended(deployment, struck)())
@@ -571,6 +610,18 @@ def _end_of(deployment: Deployment, struck: Struck) -> Result | None:
     ended = ", ".join(result.layers) or "nobody"
     deployment.say(f"{result.cell}: {result.run_state}, ended by {ended}, {result.seconds:.0f} s {'; '.join(result.wrong)}")
     return result
+
+
+def _hurry(deployment: Deployment, struck: Struck) -> None:
+    """Once the run trains on as if nothing had happened to its launch, its training need take no longer than it takes."""
+    phase, fault = struck.cell
+    # what cannot be torn down ends by itself
+    waits_for = {(cells.IN_RUN_INSTANCES, fault): "deferred", (cells.TEARDOWN, cells.TASK_FAILS): "failed"}.get((phase, fault))
+    if fault not in cells.GOES_ON or not waits_for or struck.hurried or struck.let_go is None:
+        return
+    if _states(deployment, struck)["train"]["state"] == waits_for:
+        deployment.post("holds/release", {"run": struck.run, "at": struck.cell.phase.keeps})
+        struck.hurried = True
 
 
 def _is_quiet(deployment: Deployment, struck: Struck) -> bool:
@@ -667,7 +718,7 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def run_matrix(state: Path, chosen: Sequence[Cell], say: Log, *, at_once: int = 7) -> list[Result]:
+def run_matrix(state: Path, chosen: Sequence[Cell], say: Log, *, at_once: int = 8) -> list[Result]:
     """Runs the ``chosen`` cells, those that ``state`` has a good result of for the same code left out, and returns the results of
     all.
 
@@ -691,11 +742,13 @@ def run_matrix(state: Path, chosen: Sequence[Cell], say: Log, *, at_once: int = 
             part.replace(file)
 
     if todo:
-        with Deployment(state / uuid.uuid4().hex[:8], say).started() as deployment:
+        with Deployment(state / uuid.uuid4().hex[:8], say, todo).started() as deployment:
             unharmed = deployment.airflow.trigger("retrain", conf=CONF)
-            keep(run_apart(deployment, [cell for cell in todo if not cell.fault.shared], at_once))
+            batches, ahead = cells.together(todo, at_once), list[Struck]()
+            apart = [cell for cell in todo if not cell.fault.shared]
+            keep(run_apart(deployment, apart, at_once, batches[0] if batches else (), ahead))
             if deployment.airflow.wait("retrain", unharmed, timeout=END_SECONDS) != "success":
                 raise MatrixError(f"a run without any fault failed; logs in {deployment.airflow.home}")
-            for batch in cells.together(todo, at_once):
-                keep(run_together(deployment, batch))
+            deployment.without_timeouts()
+            keep(run_batches(deployment, batches, ahead))
     return [Result(**kept[cell.key]) for cell in chosen]
