@@ -52,7 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fault_matrix", description=__doc__)
     parser.add_argument("--short", action="store_true", help="one fault a phase and the kills of what all runs share: minutes")
     parser.add_argument("--fresh", action="store_true", help="forget the cells that an earlier, interrupted matrix has finished")
-    parser.add_argument("--at-once", type=int, default=8, help="runs side by side")
+    parser.add_argument("--at-once", type=int, default=7, help="runs side by side")
     parser.add_argument("--only", default="", help="cells whose name contains this text")
     parser.add_argument("--state", type=Path, default=STATE, help="directory of results and logs")
     parser.add_argument("--json", action="store_true", help="the results as JSON, without the tables")

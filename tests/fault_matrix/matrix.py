@@ -718,7 +718,7 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def run_matrix(state: Path, chosen: Sequence[Cell], say: Log, *, at_once: int = 8) -> list[Result]:
+def run_matrix(state: Path, chosen: Sequence[Cell], say: Log, *, at_once: int = 7) -> list[Result]:
     """Runs the ``chosen`` cells, those that ``state`` has a good result of for the same code left out, and returns the results of
     all.
 
