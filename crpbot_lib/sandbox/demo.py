@@ -162,6 +162,8 @@ class Demo:
             self._summary(current, run, days)
         if alive:
             failure += f" ALIVE: {', '.join(f'{i.id} ({i.state})' for i in alive)}"
+        for one in airflow.died:
+            self.say(f"started anew: {one.splitlines()[0]}")
         if failure:
             self.console.out(f"FAILED: {failure.strip()}", highlight=False)
         else:
@@ -169,7 +171,7 @@ class Demo:
         if self.keep:
             self.console.print(f"Airflow: {airflow.url}   user: admin   password: {airflow.password}   (Ctrl-C ends everything)")
             while True:
-                airflow.check_components()
+                airflow.keep_up()
                 time.sleep(2)
         else:
             self.console.print("`make up` does the same and keeps Airflow's UI up.")

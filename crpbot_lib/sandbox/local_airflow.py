@@ -39,6 +39,8 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
 USER = "admin"
 ENDED = ("success", "failed")
 _ATTEMPTS = 8
+_RESTARTS = 5
+"""Of one component, after which it is not busy but broken."""
 
 
 class AirflowError(Exception):
@@ -59,6 +61,8 @@ class LocalAirflow:
         self.password = secrets.token_urlsafe(12)
         self.marker = marker or f"airflow-{uuid.uuid4().hex}"
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self.died: list[str] = []
+        """The components that ended by themselves and were started anew, and what each said last."""
         self._http = requests.Session()
         # no proxy stands between here and this machine's own Airflow
         self._http.trust_env = False
@@ -139,12 +143,17 @@ class LocalAirflow:
         child.kill()
         child.wait(timeout=30)
 
-    def restart_dead(self) -> list[str]:
-        """Starts the components anew that have died by themselves, as a service manager would; their names."""
-        dead = [name for name, child in self._children.items() if child.poll() is not None]
-        for name in dead:
+    def keep_up(self) -> None:
+        """Starts the components anew that have ended by themselves, as a service manager would: a triggerer, for one, ends when
+        SQLite lets it wait for too long. AirflowError when one does so again and again."""
+        for name, child in list(self._children.items()):
+            if child.poll() is None:
+                continue
+            last = _tail(self.home / f"{name}.log")
+            self.died.append(f"airflow {name} ended with {child.returncode}: {last}")
+            if sum(one.startswith(f"airflow {name} ") for one in self.died) > _RESTARTS:
+                raise AirflowError(f"airflow {name} ended {_RESTARTS + 1} times, the last time with {child.returncode}: {last}")
             self.start_component(name)
-        return dead
 
     def stop(self) -> None:
         """Ends every component and whatever they started; idempotent."""
@@ -253,14 +262,7 @@ class LocalAirflow:
                 return state
             if time.monotonic() > until:
                 raise AirflowError(f"{dag} {run} is still {state} after {timeout:.0f} s; logs in {self.home / 'logs'}")
-            self.check_components()
             time.sleep(1)
-
-    def check_components(self) -> None:
-        """AirflowError when a component has died."""
-        for name, child in self._children.items():
-            if child.poll() is not None:
-                raise AirflowError(f"airflow {name} ended with {child.returncode}: {_tail(self.home / f'{name}.log')}")
 
     # inside
 
@@ -274,7 +276,9 @@ class LocalAirflow:
         until = time.monotonic() + timeout
         unhealthy: Any = "no answer yet"
         while time.monotonic() < until:
-            self.check_components()
+            for name, child in self._children.items():
+                if child.poll() is not None:
+                    raise AirflowError(f"airflow {name} ended with {child.returncode}: {_tail(self.home / f'{name}.log')}")
             try:
                 health = self._http.get(f"{self.url}/api/v2/monitor/health", timeout=5).json()
                 unhealthy = [name for name, part in health.items() if part.get("status") != "healthy"]
@@ -304,6 +308,7 @@ class LocalAirflow:
         trouble = ""
         for attempt in range(_ATTEMPTS):
             time.sleep(0.5 * attempt)
+            self.keep_up()
             try:
                 answer = self._http.request(method, f"{self.url}/api/v2/{path}", json=body, params=query, timeout=30)
                 if answer.status_code == 401:

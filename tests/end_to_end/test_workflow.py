@@ -209,7 +209,11 @@ def test_how_soon_each_instance_ended_after_its_job_is_told(deployment: Any, tra
     ended_by = set()
     for instance in deployment.instances():
         tags = instance["tags"]
-        status = deployment.lake.read_json(keys.training_run(tags[instances.TAG_RUN], "status.json"))
+        at = keys.training_run(tags[instances.TAG_RUN], "status.json")
+        if not deployment.lake.exists(at):
+            # ended before its job had said anything
+            continue
+        status = deployment.lake.read_json(at)
         # of an earlier generation nothing is told any more, and an interrupted job was ended with its instance
         if str(status["generation"]) != tags[instances.TAG_GENERATION] or status["state"] not in ("succeeded", "failed"):
             continue

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -45,6 +45,8 @@ LONGEST_LIFE = LIFETIME_MINUTES * 60 + 2 * LOOK_SECONDS + SHUTDOWN_SECONDS
 EC2's own time."""
 APPROACH_SECONDS, END_SECONDS = 900, 600
 """How long a run may take to its phase, and to its end after the fault, on a busy machine."""
+ATTEMPTS = 3
+"""Runs to bring to one cell's phase: on a busy machine a deadline may end an instance, or a lock of SQLite a task, before."""
 HELD_AFTER_SECONDS = 8.0
 """Airflow hears of a mark or a clear at the task's next heartbeat, which comes every 5 s: until then the task is held."""
 AWAY_SECONDS = 20.0
@@ -115,9 +117,12 @@ class Struck:
     run: str = ""
     gate: str = ""
     """Where it waits for the others on its way, if it does."""
+    attempt: int = 1
+    """The how many-th run this is that shall get to the cell's phase."""
     prepared: bool = False
     task_id: str = ""
-    attempt: int = 0
+    try_number: int = 0
+    """Of the task that does the work of the phase."""
     at: datetime | None = None
     left_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     let_go_when: Callable[[], bool] | None = None
@@ -138,7 +143,7 @@ class Deployment:
         self.state, self.say = state, say
         self.timeouts = [cell for cell in todo if cell.fault == cells.DAGRUN_TIMEOUT]
         self.marker = f"matrix-{uuid.uuid4().hex}"
-        self._number = 0
+        self._number, self._told = 0, 0
         self._airflow: LocalAirflow | None = None
 
     @contextmanager
@@ -198,15 +203,17 @@ class Deployment:
             self.write_timeout(cell, 3600)
         airflow = LocalAirflow(home, self.env, marker=f"{self.marker}-airflow-{self._number}", dags=self.dags)
         airflow.start()
-        self._airflow = airflow
+        self._airflow, self._told = airflow, 0
         for dag in ("retrain", *map(_dag, self.timeouts), "reap_gpu_instances"):
             airflow.unpause(dag)
         self.say(f"Airflow is up at {airflow.url}")
 
-    def restart_dead(self) -> None:
-        """What a fault has made die of itself is started again, as every deployment does."""
-        if self._airflow is not None and (dead := self._airflow.restart_dead()):
-            self.say(f"died and were started anew: {', '.join(dead)}")
+    def tell_what_died(self) -> None:
+        """Which components of Airflow have ended by themselves and were started anew."""
+        if self._airflow is not None:
+            for one in self._airflow.died[self._told :]:
+                self.say(f"started anew: {one.strip().splitlines()[0]}")
+            self._told = len(self._airflow.died)
 
     def write_timeout(self, cell: Cell, seconds: int) -> None:
         """The cell's own DAG, with the ``dagrun_timeout`` that it must not have."""
@@ -271,28 +278,35 @@ def held_at(cell: Cell) -> list[str]:
 
 
 def run_apart(
-    deployment: Deployment, todo: Sequence[Cell], at_once: int, following: Sequence[Cell], ahead: list[Struck]
+    deployment: Deployment, todo: Sequence[Cell], at_once: int, following: Sequence[Cell], ahead: list[Struck], attempt: int = 1
 ) -> Iterator[Result]:
     """Cells that hit their own run alone: ``at_once`` side by side, each struck when it is at its phase. The runs of the
-    ``following`` cells begin when all have been struck, and are put in ``ahead``."""
-    waiting, open_ = list(todo), list[Struck]()
+    ``following`` cells begin when all have been struck, and are put in ``ahead``. Who has left its way: as in ``run_together``.
+    """
+    waiting, open_, late = list(todo), list[Struck](), list[Struck]()
     while waiting or open_:
+        deployment.tell_what_died()
         while waiting and len(open_) < at_once:
-            cell = waiting.pop(0)
-            open_.append(Struck(cell, _dag(cell), deployment.airflow.trigger(_dag(cell), conf=CONF)))
+            open_.append(_start(deployment, waiting.pop(0), attempt=attempt))
         reached = deployment.reached()
         for struck in list(open_):
             if struck.at is None and _is_there(deployment, struck, reached):
+                if not _is_still_there(deployment, struck):
+                    open_.remove(struck)
+                    late.append(_give_up(deployment, struck))
+                    continue
                 deployment.say(f"{struck.key}: now")
                 struck.at = datetime.now(UTC)
                 struck.let_go_when = _strike_one(deployment, struck)
             if struck.at is not None and (result := _end_of(deployment, struck)):
                 open_.remove(struck)
                 yield result
-        if not ahead and not waiting and all(struck.at for struck in open_):
+        if not ahead and not waiting and not late and all(struck.at for struck in open_):
             ahead += _start_all(deployment, following)
         _hold_in_time(deployment, ahead)
         time.sleep(1)
+    if again := (yield from _to_begin_anew(deployment, late)):
+        yield from run_apart(deployment, again, at_once, following, ahead, attempt + 1)
 
 
 def run_batches(deployment: Deployment, batches: Sequence[Sequence[Cell]], ahead: list[Struck]) -> Iterator[Result]:
@@ -305,8 +319,12 @@ def run_batches(deployment: Deployment, batches: Sequence[Sequence[Cell]], ahead
         yield from run_together(deployment, open_, go_ahead, ahead)
 
 
-def _start_all(deployment: Deployment, batch: Sequence[Cell]) -> list[Struck]:
-    return [Struck(cell, _dag(cell), deployment.airflow.trigger(_dag(cell), conf=CONF), gate="look") for cell in batch]
+def _start(deployment: Deployment, cell: Cell, **of_struck: Any) -> Struck:
+    return Struck(cell, _dag(cell), deployment.airflow.trigger(_dag(cell), conf=CONF), **of_struck)
+
+
+def _start_all(deployment: Deployment, batch: Sequence[Cell], attempt: int = 1) -> list[Struck]:
+    return [_start(deployment, cell, gate="look", attempt=attempt) for cell in batch]
 
 
 def run_together(
@@ -316,37 +334,54 @@ def run_together(
     cells begin behind it and are put in ``ahead``.
 
     They wait for each other before their launches, so that no instance grows old while the last run is on its way. Who is no
-    longer at its phase when the others are gets there in a run of its own, afterwards, unless what became of this one is wrong.
+    longer at its phase when the others are, or ended on its way, as happens on a busy machine, gets there in another run,
+    afterwards, unless what became of this one is wrong.
     """
     _until_all(open_, lambda struck, reached: _is_held(deployment, struck, reached), deployment)
     for struck in open_:
-        if struck.cell.phase != cells.BEFORE_LAUNCH:
+        if struck.run and struck.cell.phase != cells.BEFORE_LAUNCH:
             deployment.post("holds/release", {"run": struck.run, "at": struck.gate})
     _until_all(open_, lambda struck, reached: _is_there(deployment, struck, reached), deployment)
     late = [struck for struck in open_ if not _is_still_there(deployment, struck)]
-    if len(late) == len(open_):
-        raise MatrixError(f"{late[0].key}: it had left its phase when the others were there; logs in {deployment.airflow.home}")
     for struck in late:
-        deployment.say(f"{struck.key}: it has left its phase, and is begun anew after the others")
-        open_.remove(struck)
-        struck.left_at = datetime.now(UTC)
-        deployment.airflow.mark_run(struck.dag, struck.dag_run, "failed")
-        for at in {*held_at(struck.cell), struck.gate}:
-            deployment.post("holds/release", {"run": struck.run, "at": at})
-    deployment.say(f"{' and '.join(sorted({struck.cell.fault.name for struck in open_}))}: now, for {len(open_)} runs")
-    for struck in open_:
-        struck.at = datetime.now(UTC)
-    _strike_all(deployment, open_)
+        open_.remove(_give_up(deployment, struck))
+    if open_:
+        deployment.say(f"{' and '.join(sorted({struck.cell.fault.name for struck in open_}))}: now, for {len(open_)} runs")
+        for struck in open_:
+            struck.at = datetime.now(UTC)
+        _strike_all(deployment, open_)
     ahead = [] if ahead is None else ahead
     ahead += _start_all(deployment, following)
     while open_:
-        deployment.restart_dead()
+        deployment.tell_what_died()
         _hold_in_time(deployment, ahead)
         for struck in list(open_):
             if result := _end_of(deployment, struck):
                 open_.remove(struck)
                 yield result
         time.sleep(1)
+    if again := (yield from _to_begin_anew(deployment, late)):
+        _until_all(ahead, lambda struck, reached: _is_held(deployment, struck, reached), deployment)
+        deployment.start_airflow()
+        yield from run_together(deployment, _start_all(deployment, again, late[0].attempt + 1))
+
+
+def _give_up(deployment: Deployment, struck: Struck) -> Struck:
+    """Ends a run that is not at its phase any more. MatrixError when that was the last attempt."""
+    if struck.attempt == ATTEMPTS:
+        raise MatrixError(f"{struck.key}: not to be brought to its phase in {ATTEMPTS} runs; logs in {deployment.airflow.home}")
+    deployment.say(f"{struck.key}: it has left its phase, and is begun anew after the others")
+    struck.left_at = datetime.now(UTC)
+    if not _has_ended(deployment, struck)():
+        deployment.airflow.mark_run(struck.dag, struck.dag_run, "failed")
+    if struck.run:
+        for at in {*held_at(struck.cell), struck.gate} - {""}:
+            deployment.post("holds/release", {"run": struck.run, "at": at})
+    return struck
+
+
+def _to_begin_anew(deployment: Deployment, late: Sequence[Struck]) -> Generator[Result, None, list[Cell]]:
+    """Waits for the end of the instances of runs that were given up. Returns their cells but those of which something is wrong."""
     again = []
     for struck in late:
         while any(i["state"] != "terminated" for i in deployment.instances(struck.run)):
@@ -356,13 +391,10 @@ def run_together(
         found = deployment.instances(struck.run)
         if wrong := _forbidden(found):
             layers, life = [_layer(instance["ended_by"]) for instance in found], max(map(_life, found), default=0.0)
-            yield Result(struck.key, "left its phase", layers, 0.0, struck.attempt, round(life, 1), wrong)
+            yield Result(struck.key, "left its phase", layers, 0.0, struck.try_number, round(life, 1), wrong)
         else:
             again.append(struck.cell)
-    if again:
-        _until_all(ahead, lambda struck, reached: _is_held(deployment, struck, reached), deployment)
-        deployment.start_airflow()
-        yield from run_together(deployment, _start_all(deployment, again))
+    return again
 
 
 def _hold_in_time(deployment: Deployment, ahead: Sequence[Struck]) -> None:
@@ -375,6 +407,7 @@ def _hold_in_time(deployment: Deployment, ahead: Sequence[Struck]) -> None:
 def _until_all(all_: Sequence[Struck], there: Callable[[Struck, dict[tuple[str, str], int]], bool], deployment: Deployment) -> None:
     away = list(all_)
     while away:
+        deployment.tell_what_died()
         reached = deployment.reached()
         away = [struck for struck in away if not there(struck, reached)]
         time.sleep(1)
@@ -384,22 +417,20 @@ def _is_held(deployment: Deployment, struck: Struck, reached: dict[tuple[str, st
     """Whether the run waits at its gate."""
     if not struck.run:
         return _is_there(deployment, struck, reached)
-    _check_on_its_way(deployment, struck)
-    return reached[struck.run, struck.gate] > 0
+    return _has_ended_on_its_way(deployment, struck) or reached[struck.run, struck.gate] > 0
 
 
-def _check_on_its_way(deployment: Deployment, struck: Struck) -> None:
-    """MatrixError when the run has ended before anything was done to it, or takes too long."""
+def _has_ended_on_its_way(deployment: Deployment, struck: Struck) -> bool:
+    """Whether the run has ended before anything was done to it. MatrixError when it takes too long."""
     if time.monotonic() - struck.began > APPROACH_SECONDS:
         raise MatrixError(f"{struck.key}: not there after {APPROACH_SECONDS} s; logs in {deployment.airflow.home}")
-    if deployment.airflow.run_state(struck.dag, struck.dag_run) in ENDED:
-        raise MatrixError(f"{struck.key}: the run ended before anything was done to it; logs in {deployment.airflow.home}")
+    return _has_ended(deployment, struck)()
 
 
 def _is_still_there(deployment: Deployment, struck: Struck) -> bool:
     """Whether the run is where it was when it had got there: the same try of the task, and one instance, alive, or none yet."""
     task, found = _states(deployment, struck)[struck.cell.phase.task], deployment.instances(struck.run)
-    same = (task["id"], int(task["try_number"])) == (struck.task_id, struck.attempt) and _at_work(struck.cell, task["state"])
+    same = (task["id"], int(task["try_number"])) == (struck.task_id, struck.try_number) and _at_work(struck.cell, task["state"])
     return same and len(found) == len(_alive(deployment, struck.run)) == (struck.cell.phase != cells.BEFORE_LAUNCH)
 
 
@@ -409,9 +440,10 @@ def _at_work(cell: Cell, state: str | None) -> bool:
 
 
 def _is_there(deployment: Deployment, struck: Struck, reached: dict[tuple[str, str], int]) -> bool:
-    """Whether the run is held at its phase. MatrixError as ``_check_on_its_way`` raises it."""
+    """Whether the run is held at its phase, or ended on its way to it. MatrixError when it takes too long."""
     airflow, cell = deployment.airflow, struck.cell
-    _check_on_its_way(deployment, struck)
+    if _has_ended_on_its_way(deployment, struck):
+        return True
     if not struck.run:
         with suppress(AirflowError):  # until `plan` is done
             struck.run = airflow.xcom(struck.dag, struck.dag_run, "plan")["run"]
@@ -430,7 +462,7 @@ def _is_there(deployment: Deployment, struck: Struck, reached: dict[tuple[str, s
     if not all(reached[struck.run, at] for at in held_at(cell)):
         return False
     task = _states(deployment, struck)[cell.phase.task]
-    struck.task_id, struck.attempt = task["id"], int(task["try_number"])
+    struck.task_id, struck.try_number = task["id"], int(task["try_number"])
     return _at_work(cell, task["state"])
 
 

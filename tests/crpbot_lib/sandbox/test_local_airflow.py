@@ -73,3 +73,44 @@ def test_a_refusal_is_not_repeated(airflow: LocalAirflow, answers: deque[int], a
     with pytest.raises(AirflowError, match="answered 404"):
         airflow.trigger("no_such_dag")
     assert len(asked) == 1
+
+
+@pytest.fixture
+def component(airflow: LocalAirflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The triggerer, in whose place a script dies as often as the file names that it is given; otherwise it waits."""
+    deaths = tmp_path / "deaths"
+    deaths.write_text("0")
+    script = tmp_path / "airflow"
+    script.write_text(
+        f"#!/bin/sh\nleft=$(cat {deaths})\n"
+        f'if [ "$left" -gt 0 ]; then echo $((left - 1)) > {deaths}; echo "database is locked"; exit 3; fi\nexec sleep 600\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(local_airflow, "_airflow", lambda: str(script))
+    airflow.home.mkdir()
+    yield deaths
+    airflow.stop()
+
+
+def _until_the_triggerer_has_ended(airflow: LocalAirflow) -> None:
+    airflow._children["triggerer"].wait(timeout=10)
+
+
+def test_a_component_that_dies_by_itself_is_started_anew_with_the_next_request(airflow: LocalAirflow, component: Path) -> None:
+    component.write_text("1")
+    airflow.start_component("triggerer")
+    _until_the_triggerer_has_ended(airflow)
+    airflow.trigger("market_data")
+    assert airflow._children["triggerer"].poll() is None
+    assert airflow.died == ["airflow triggerer ended with 3: database is locked\n"]
+
+
+def test_a_component_that_dies_again_and_again_is_an_error_that_shows_what_it_said(airflow: LocalAirflow, component: Path) -> None:
+    component.write_text("100")
+    airflow.start_component("triggerer")
+    for _ in range(5):
+        _until_the_triggerer_has_ended(airflow)
+        airflow.keep_up()
+    _until_the_triggerer_has_ended(airflow)
+    with pytest.raises(AirflowError, match="airflow triggerer ended 6 times, the last time with 3: database is locked"):
+        airflow.keep_up()
