@@ -163,7 +163,7 @@ class Demo:
         if alive:
             failure += f" ALIVE: {', '.join(f'{i.id} ({i.state})' for i in alive)}"
         for one in airflow.died:
-            self.say(f"started anew: {one.splitlines()[0]}")
+            self.say(f"started anew: {one}")
         if failure:
             self.console.out(f"FAILED: {failure.strip()}", highlight=False)
         else:

@@ -62,7 +62,7 @@ class LocalAirflow:
         self.marker = marker or f"airflow-{uuid.uuid4().hex}"
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self.died: list[str] = []
-        """The components that ended by themselves and were started anew, and what each said last."""
+        """The components that ended by themselves and were started anew, and the last line that each wrote."""
         self._http = requests.Session()
         # no proxy stands between here and this machine's own Airflow
         self._http.trust_env = False
@@ -150,7 +150,7 @@ class LocalAirflow:
             if child.poll() is None:
                 continue
             last = _tail(self.home / f"{name}.log")
-            self.died.append(f"airflow {name} ended with {child.returncode}: {last}")
+            self.died.append(f"airflow {name} ended with {child.returncode}: {last.splitlines()[-1]}")
             if sum(one.startswith(f"airflow {name} ") for one in self.died) > _RESTARTS:
                 raise AirflowError(f"airflow {name} ended {_RESTARTS + 1} times, the last time with {child.returncode}: {last}")
             self.start_component(name)
@@ -359,7 +359,8 @@ def _line(item: Any) -> str:
 
 
 def _tail(path: Path, size: int = 1500) -> str:
-    return path.read_text(errors="replace")[-size:] if path.exists() else "no log"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return text[-size:].strip() or "no log"
 
 
 def _free_port() -> int:

@@ -212,7 +212,7 @@ class Deployment:
         """Which components of Airflow have ended by themselves and were started anew."""
         if self._airflow is not None:
             for one in self._airflow.died[self._told :]:
-                self.say(f"started anew: {one.strip().splitlines()[0]}")
+                self.say(f"started anew: {one}")
             self._told = len(self._airflow.died)
 
     def write_timeout(self, cell: Cell, seconds: int) -> None:

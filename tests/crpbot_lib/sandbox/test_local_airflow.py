@@ -102,7 +102,7 @@ def test_a_component_that_dies_by_itself_is_started_anew_with_the_next_request(a
     _until_the_triggerer_has_ended(airflow)
     airflow.trigger("market_data")
     assert airflow._children["triggerer"].poll() is None
-    assert airflow.died == ["airflow triggerer ended with 3: database is locked\n"]
+    assert airflow.died == ["airflow triggerer ended with 3: database is locked"]
 
 
 def test_a_component_that_dies_again_and_again_is_an_error_that_shows_what_it_said(airflow: LocalAirflow, component: Path) -> None:
