@@ -15,12 +15,12 @@ starts a quarter past the next midnight: by then its last minute is served.
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from airflow.sdk import CronPartitionTimetable, PartitionedAtRuntime, dag, task
 
-from crpbot_airflow.defaults import Tag, default_args, run_step, scheduled
+from crpbot_airflow.defaults import Tag, day_of, default_args, run_step, scheduled
 from crpbot_lib.config import settings
 
 SYMBOLS = [symbol.name for symbol in settings().symbols]
@@ -43,25 +43,25 @@ def market_data() -> None:
     def fetch_1m(symbol: str, day: str) -> dict[str, Any]:
         from crpbot_lib.steps import ingest
 
-        return run_step(ingest.fetch_candles, symbol, "1m", date.fromisoformat(day))
+        return run_step(ingest.fetch_candles, symbol, "1m", day_of(day))
 
     @task
     def fetch_timeframes(symbol: str, day: str) -> list[dict[str, Any]]:
         from crpbot_lib.steps import ingest
 
-        return [run_step(ingest.fetch_candles, symbol, timeframe, date.fromisoformat(day)) for timeframe in ("5m", "15m", "1h")]
+        return [run_step(ingest.fetch_candles, symbol, timeframe, day_of(day)) for timeframe in ("5m", "15m", "1h")]
 
     @task
     def fetch_coingecko(symbol: str, day: str) -> dict[str, Any]:
         from crpbot_lib.steps import ingest
 
-        return run_step(ingest.fetch_coingecko, symbol, date.fromisoformat(day))
+        return run_step(ingest.fetch_coingecko, symbol, day_of(day))
 
     @task
     def check_quality(day: str) -> dict[str, Any]:
         from crpbot_lib.steps import quality
 
-        return run_step(quality.check_quality, SYMBOLS, date.fromisoformat(day))
+        return run_step(quality.check_quality, SYMBOLS, day_of(day))
 
     fetched = [step.partial(day=DAY).expand(symbol=SYMBOLS) for step in (fetch_1m, fetch_timeframes, fetch_coingecko)]
     fetched >> check_quality(DAY)

@@ -59,7 +59,8 @@ def market_data_range() -> None:
     def symbols_of(range_plan: dict[str, Any]) -> list[str]:
         return list(range_plan["symbols"])
 
-    @task(execution_timeout=timedelta(hours=24))
+    # two at once: what ends an instance must not wait for hours behind the loads of many symbols
+    @task(execution_timeout=timedelta(hours=24), max_active_tis_per_dag=2)
     def load(symbol: str, range_plan: dict[str, Any]) -> dict[str, Any]:
         from crpbot_lib.steps import ingest
 

@@ -40,9 +40,10 @@ def promote() -> None:
         if params["version"]:
             return str(params["version"])
         events = [event for events in triggering_asset_events.values() for event in events]
-        if not events:
+        version = events[-1].extra.get("version") if events else None
+        if not version:
             raise AirflowFailException("no version: name one in the run's parameters (`crpbot models list` shows them)")
-        return str(events[-1].extra["version"])
+        return str(version)
 
     @task
     def download_and_verify(version: str) -> dict[str, Any]:

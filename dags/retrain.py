@@ -10,14 +10,17 @@ runs) → `check_model` → `sync_models` → `terminate` → `cost_report` → 
   success, failure, a mark or a clear. `reap_gpu_instances`, the job's own power-off and the deadline that is scheduled at boot
   stand behind it.
 * The run is green only if training, sync **and** termination succeeded: `verdict` fails it otherwise, also one that
-  was marked as failed by hand.
+  was marked as failed by hand. It looks at EC2 itself, and ends what was launched behind an earlier `terminate`, as happens
+  when only the failed tasks are cleared.
 * `train` retries on a new instance when an instance was interrupted or lost. What would fail the same way again is not retried.
 
 **Parameters.** `start`, `end`: UTC days, `[start, end)`; empty means the days before the run's own day, as many as the setting
 `training.days`. `symbols`: which to train. `smoke`: a few steps of a small model, allowed without a GPU; such a model says SMOKE
 wherever it shows and never goes live.
 
-**When it fails:** read the failed task's log; then check `crpbot gpu list` prints no living instance.
+**When it fails:** read the failed task's log; then check `crpbot gpu list` prints no living instance. The Telegram chat hears of
+it, where one is configured. After what passes (no capacity, AWS away) clear the failed tasks; after a changed setting or image
+start a new run.
 """
 
 from __future__ import annotations
@@ -27,10 +30,10 @@ import re
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
-from airflow.sdk import CronTriggerTimetable, Param, dag, task
+from airflow.sdk import CronTriggerTimetable, Param, TriggerRule, dag, task
 from airflow.sdk.exceptions import AirflowFailException
 
-from crpbot_airflow.defaults import MODELS_ASSET, Tag, default_args, interval, run_step, scheduled, symbols_schema
+from crpbot_airflow.defaults import MODELS_ASSET, Tag, default_args, interval, run_step, scheduled, symbols_schema, tell_failure
 from crpbot_airflow.operators import LaunchTrainingInstance, TerminateRunInstances, TrainOnInstance
 from crpbot_lib.config import settings
 
@@ -81,7 +84,8 @@ def retrain() -> None:
     def symbols_of(run_plan: dict[str, Any]) -> list[str]:
         return list(run_plan["symbols"])
 
-    @task
+    # as in market_data_range: some workers stay free for what ends an instance
+    @task(max_active_tis_per_dag=2)
     def ensure_coverage(symbol: str, run_plan: dict[str, Any]) -> dict[str, Any]:
         from crpbot_lib.steps import ingest
 
@@ -155,10 +159,16 @@ def retrain() -> None:
 
         return cost_of_run(run)
 
-    @task(retries=0)
-    def verdict(ti: Any) -> None:
+    @task(retries=5, on_failure_callback=tell_failure)
+    def verdict(run: str, ti: Any) -> None:
         """Decides the run's state: without it a green teardown would make a failed run green, and a run that somebody marks as
-        failed would turn green as well. A teardown itself, because Airflow skips everything else of such a run."""
+        failed would turn green as well. A teardown itself, because Airflow skips everything else of such a run.
+
+        Where only failed tasks are cleared, the `terminate` and `cost_report` of the former pass stay as they are; what has been
+        launched since is ended and billed here."""
+        from crpbot_airflow.operators import end_what_is_left
+
+        end_what_is_left(run, ti.xcom_pull(task_ids="terminate"))
         states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id])[ti.run_id]
         bad = {name: str(state) for name, state in states.items() if state != "success" and name != ti.task_id}
         if bad:
@@ -173,19 +183,26 @@ def retrain() -> None:
     built = build_features.partial(feature_plan=feature_plan).expand(symbol=symbols)
     gate = gate_features(feature_plan)
     reserved = reserve(run_plan, feature_plan).as_setup()
-    run = "{{ ti.xcom_pull(task_ids='plan')['run'] }}"
+    # empty where there is no plan: then nothing was launched
+    run = "{{ (ti.xcom_pull(task_ids='plan') or {}).get('run', '') }}"
     launch = LaunchTrainingInstance(task_id="launch", run=run).as_setup()
     train = TrainOnInstance(task_id="train", run=run)
     checked = check_model.partial(run=run).expand(symbol=symbols)
     synced = sync_models(run)
-    terminate = TerminateRunInstances(task_id="terminate", run=run, retries=5).as_teardown(setups=[reserved, launch])
+    terminate = TerminateRunInstances(task_id="terminate", run=run, retries=5, on_failure_callback=tell_failure)
+    terminate.as_teardown(setups=[reserved, launch])
 
+    # of the setup, so that whoever clears a task behind it clears these too
     cost = cost_report(run).as_teardown(setups=[reserved])
-    judged = verdict().as_teardown(on_failure_fail_dagrun=True)
+    judged = verdict(run).as_teardown(setups=[reserved], on_failure_fail_dagrun=True)
+    for teardown in (terminate, cost.operator, judged.operator):
+        # whatever became of the setups: Airflow's own rule for a teardown leaves it out where none of them succeeded
+        teardown.trigger_rule = TriggerRule.ALL_DONE
 
     covered >> told >> feature_plan >> built >> gate >> reserved >> launch >> train >> checked >> synced >> terminate >> cost
-    # never directly behind a setup, whose failure would keep a teardown from running
-    [run_plan, covered, told, feature_plan, built, gate, train, checked, synced, terminate, cost] >> judged
+    # cleared alone, a task is not waited for by way of those behind it
+    [train, checked] >> terminate
+    [run_plan, covered, told, feature_plan, built, gate, launch, train, checked, synced, terminate, cost] >> judged
 
 
 retrain()

@@ -12,6 +12,7 @@ from rich.table import Table
 from crpbot_lib.cli.common import AsJson, clear_errors, open_lake, show_table
 from crpbot_lib.config import settings
 from crpbot_lib.gpu import budget, clients, instances, reap, terminate
+from crpbot_lib.lake import Lake
 
 app = typer.Typer(no_args_is_help=True, help="GPU instances: list, reap, cost.")
 
@@ -59,16 +60,25 @@ def reap_(
     run: Annotated[str, typer.Option("--run", help="end every instance of this run in this lake now, and wait for it")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Ends instances past their deadline (all that can be known without Airflow), or all of one run with --run. For cron."""
+    """Ends instances past their deadline and those that a later launch of their run has overtaken (all that can be known without
+    Airflow), or all of one run with --run. For cron. Without CRPBOT_LAKE it does the same, but enters nothing into the ledger."""
     with clear_errors():
-        current, lake = open_lake()
+        current = settings()
+        # the last resort must not hang on where the ledger is
+        lake = Lake(current.lake) if current.lake or run else None
         gpu = current.gpu
         ec2 = clients.ec2(gpu.region)
-        if run and not dry_run:
+        if lake is None:
+            typer.echo("CRPBOT_LAKE is not set: the ledger is not brought up to date", err=True)
+        rows: list[dict[str, Any]]
+        if lake and run and dry_run:
+            found = instances.find(ec2, gpu.project_tag, run, instances.ALIVE, lake=lake)
+            rows = [{"id": i.id, "action": "terminate", "why": f"--run {run}", "state": i.state, "usd": None} for i in found]
+        elif lake and run:
             living = {i.id for i in instances.find(ec2, gpu.project_tag, run, instances.ALIVE, lake=lake)}
             ended = terminate.terminate_run(ec2, lake, gpu, run)
             usd = {bill.id: bill.usd for entry in budget.settle(ec2, lake, ended) for bill in entry.bills}
-            rows: list[dict[str, Any]] = [
+            rows = [
                 {
                     "id": i.id,
                     "action": "terminated" if i.id in living else "had ended",
@@ -81,9 +91,7 @@ def reap_(
         else:
             verdicts = reap.reap(ec2, lake, gpu, lambda _: None, dry_run=dry_run)
             rows = [
-                {"id": v.instance.id, "action": v.action, "why": v.why, "state": v.instance.state, "usd": v.usd}
-                for v in verdicts
-                if not run or v.instance.run == run
+                {"id": v.instance.id, "action": v.action, "why": v.why, "state": v.instance.state, "usd": v.usd} for v in verdicts
             ]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))

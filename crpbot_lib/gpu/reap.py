@@ -66,7 +66,7 @@ def judge(instance: Instance, run_ended: bool | None, now: datetime, grace: time
 
 def reap(
     ec2: EC2Client,
-    lake: Lake,
+    lake: Lake | None,
     gpu: GpuSettings,
     run_ended: Callable[[Instance], bool | None],
     *,
@@ -76,18 +76,18 @@ def reap(
     """Judges every living instance of the project and acts on it; ``dry_run`` only says what it would do.
 
     ``run_ended`` is asked only about instances that work on ``lake``: of another deployment's runs nothing is known here, so for
-    its instances only the deadline counts.
+    its instances only the deadline counts. Without a lake that holds for all of them, and no ledger is kept.
     An API error while looking propagates: "could not look" is never reported as "nothing there". One while acting on an instance
     keeps none of the others from being ended; TerminationError at the end names them all. What has ended, by whatever hand, is
     entered into the ledger.
     """
     at = now()
-    own = instances.lake_id(lake)
+    own = instances.lake_id(lake) if lake else None
     failed: list[str] = []
     alive = instances.find(ec2, gpu.project_tag, states=instances.ALIVE)
     grace = timedelta(minutes=gpu.reap_grace_minutes)
     verdicts = [
-        judge(i, run_ended(i) if i.tags.get(instances.TAG_LAKE) == own else None, at, grace, overtaken=_overtaken(i, alive))
+        judge(i, run_ended(i) if own and i.tags.get(instances.TAG_LAKE) == own else None, at, grace, overtaken=_overtaken(i, alive))
         for i in alive
     ]
     for verdict in verdicts:
@@ -116,7 +116,7 @@ def reap(
             failed.append(f"{i.id} could not be marked: {error}")
     if not verdicts:
         log.info("no living instance tagged %s=%s", instances.TAG_PROJECT, gpu.project_tag)
-    if not dry_run:
+    if lake and not dry_run:
         try:
             verdicts = _with_costs(ec2, lake, gpu, verdicts, now)
         except (*API_ERRORS, LakeError) as error:

@@ -165,10 +165,13 @@ class Watcher:
 
 def job_failed(lake: Lake, gpu: GpuSettings, run: str, *, now: Callable[[], datetime] = UTC_NOW) -> Callable[[Instance], bool]:
     """Says of a living instance whether its job came to nothing, so that a retry needs another instance: it has ended without
-    success, its heartbeat has stopped, or it has not begun within the boot timeout."""
+    success, it trains by a spec that has been replaced since, its heartbeat has stopped, or it has not begun within the boot
+    timeout."""
 
     def failed(instance: Instance) -> bool:
         status = _status(lake, run, instance.generation)
+        if status is not None and not _is_of_the_runs_job(lake, run, status):
+            return True
         if status is not None and status.get("state") in _ENDS:
             return bool(status["state"] != "succeeded")
         return _overdue(status, instance, gpu, now()) is not None
@@ -177,10 +180,11 @@ def job_failed(lake: Lake, gpu: GpuSettings, run: str, *, now: Callable[[], date
 
 
 def job_succeeded(lake: Lake, run: str) -> bool:
-    """Whether the run's training is done: the instance of its last recorded launch said so. Another one would do it again."""
+    """Whether the run's training is done: the instance of its last recorded launch said so, of the run's present spec. Another one
+    would do it again."""
     launched = records(lake, run)
     status = _status(lake, run, launched[-1].generation) if launched else None
-    return status is not None and status.get("state") == "succeeded"
+    return status is not None and status.get("state") == "succeeded" and _is_of_the_runs_job(lake, run, status)
 
 
 def clear_status(lake: Lake, run: str) -> None:
@@ -209,6 +213,12 @@ def _status(lake: Lake, run: str, generation: int) -> dict[str, Any] | None:
         return None
     # another generation's word says nothing about this one
     return status if int(status.get("generation", 0)) == generation else None
+
+
+def _is_of_the_runs_job(lake: Lake, run: str, status: dict[str, Any]) -> bool:
+    """Whether the job of ``status`` trains by the run's ``job.json`` as it is now; it says nothing where it had not read it yet."""
+    told = status.get("job")
+    return told is None or told == lake.sha256(keys.training_run(run, "job.json"))
 
 
 def _overdue(status: dict[str, Any] | None, instance: Instance, gpu: GpuSettings, now: datetime) -> Outcome | None:

@@ -7,6 +7,7 @@ directory a hard link, which fails where the name exists.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -83,6 +84,10 @@ class Lake:
             return self._backend.read(key)
         except KeyMissingError:
             raise KeyMissingError(f"{self.url(key)} does not exist") from None
+
+    def sha256(self, key: str) -> str:
+        """Of the object's bytes, in hex; KeyMissingError when there is none."""
+        return hashlib.sha256(self.read(key)).hexdigest()
 
     def read_each(self, keys: Sequence[str]) -> list[bytes | None]:
         """The objects' bytes in the order of ``keys``, None where there is none."""

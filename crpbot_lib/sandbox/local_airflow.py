@@ -246,10 +246,14 @@ class LocalAirflow:
         """Marks a task of a run, as the UI's "Mark state as …" does."""
         self._request("PATCH", f"dags/{dag}/dagRuns/{run}/taskInstances/{task}", {"new_state": state})
 
-    def clear(self, dag: str, run: str, task: str) -> None:
-        """Clears a task with what follows it, as the UI's "Clear task" does."""
-        body = {"dry_run": False, "dag_run_id": run, "task_ids": [task], "include_downstream": True, "only_failed": False}
+    def clear(self, dag: str, run: str, task: str, *, downstream: bool = True) -> None:
+        """Clears a task, with what follows it or without, as the UI's "Clear task" does."""
+        body = {"dry_run": False, "dag_run_id": run, "task_ids": [task], "include_downstream": downstream, "only_failed": False}
         self._request("POST", f"dags/{dag}/clearTaskInstances", body)
+
+    def clear_failed(self, dag: str, run: str) -> None:
+        """Clears what has failed of a run, as the UI's "Clear run" with "Clear only failed tasks" does."""
+        self._request("POST", f"dags/{dag}/dagRuns/{run}/clear", {"dry_run": False, "only_failed": True})
 
     def wait(self, dag: str, run: str, timeout: float, progress: Callable[[list[dict[str, Any]]], None] | None = None) -> str:
         """Waits for the end of a run and returns its state; ``progress`` gets the task instances every second."""

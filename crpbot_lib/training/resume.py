@@ -62,7 +62,7 @@ class Checkpoints:
         if not wrong:
             told = metrics.get("sha256")
             try:
-                found = hashlib.sha256(self._lake.read(keys.run_symbol(run, symbol, "model.pt"))).hexdigest()
+                found = self._lake.sha256(keys.run_symbol(run, symbol, "model.pt"))
             except KeyMissingError:
                 found = "none"
             wrong = [] if found == told else [f"model.pt has sha256 {found}, the metrics say {told}"]

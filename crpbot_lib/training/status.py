@@ -39,7 +39,8 @@ def health(status: dict[str, Any] | None, generation: int, now: datetime) -> tup
 class StatusFile:
     """Writes the status of one run, every few seconds. The last state is written once and stays.
 
-    ``since``: the generation from which on the run's work counts; see ``resume``.
+    ``since``: the generation from which on the run's work counts; see ``resume``. ``job``: the sha256 of the ``job.json`` that is
+    trained by; the run's may be written anew while this one is at work.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class StatusFile:
         smoke: bool = False,
         since: int = 0,
         now: Callable[[], datetime] = _utc_now,
+        job: str | None = None,
     ) -> None:
         self._lake, self._key, self._now = lake, keys.training_run(run, "status.json"), now
         self._smoke = smoke
@@ -64,6 +66,7 @@ class StatusFile:
             "run": run,
             "generation": generation,
             "since": since,
+            "job": job,
             "state": "running",
             "started": now().isoformat(),
             "error": None,

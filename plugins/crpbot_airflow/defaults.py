@@ -63,6 +63,16 @@ def interval(params: dict[str, Any]) -> tuple[date, date]:
     return date.fromisoformat(params["start"]), date.fromisoformat(params["end"])
 
 
+def day_of(partition_key: str) -> date:
+    """The UTC day that a run's partition key names. AirflowFailException where it names none: another try would not either."""
+    try:
+        return date.fromisoformat(partition_key)
+    except ValueError as error:
+        raise AirflowFailException(
+            f"the run's partition key is {partition_key!r}, expected a UTC day like 2025-05-26: start another run and give it one"
+        ) from error
+
+
 def run_step(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Runs ``step(settings, lake, *args, **kwargs)`` of crpbot_lib inside a task, with the settings of this process and the Airflow
     Connections that they name (``connections``).
@@ -79,6 +89,16 @@ def run_step(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if is_permanent(error):
             raise AirflowFailException(f"{type(error).__name__}: {error}") from error
         raise
+
+
+def tell_failure(context: Any) -> None:
+    """An ``on_failure_callback``: tells the Telegram chat, where one is configured, of a run that failed or an instance that may
+    live. Airflow calls it when no try is left."""
+    from crpbot_lib.runtime import telegram
+
+    ti = context["ti"]
+    text = f"FAILED {ti.dag_id} / {ti.task_id}, run {ti.run_id}: {context.get('exception')}. See its log, and `crpbot gpu list`"
+    telegram.notify(settings(), text)
 
 
 def is_permanent(error: Exception) -> bool:

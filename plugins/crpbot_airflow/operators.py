@@ -19,7 +19,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from crpbot_airflow.triggers import TrainingJobTrigger
 from crpbot_lib.config import settings
-from crpbot_lib.gpu import budget, launch, reap, terminate, watch
+from crpbot_lib.gpu import budget, clients, launch, reap, terminate, watch
 from crpbot_lib.gpu.instances import TAG_DAG, TAG_DAG_RUN, Instance
 from crpbot_lib.lake import Lake
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 def _ec2_hook() -> EC2Hook:
     gpu = settings().gpu
-    return EC2Hook(aws_conn_id=gpu.aws_conn_id, region_name=gpu.region, api_type="client_type")
+    return EC2Hook(aws_conn_id=gpu.aws_conn_id, region_name=gpu.region, api_type="client_type", config=clients.CONFIG)
 
 
 def _ensure(context: Context, run: str) -> Instance | None:
@@ -148,8 +148,11 @@ class TerminateRunInstances(EC2TerminateInstanceOperator):
         self.run = run
 
     def execute(self, context: Context) -> list[dict[str, str]]:  # noqa: ARG002
+        if not self.run:
+            self.log.info("this run has no plan, so nothing was launched for it")
+            return []
         current = settings()
-        ended = terminate.terminate_run(self.hook.conn, Lake(current.lake), current.gpu, self.run)
+        ended = terminate.terminate_run(_ec2_hook().conn, Lake(current.lake), current.gpu, self.run)
         if not ended:
             self.log.info("no instance of %s was ever launched", self.run)
         return [{"instance": i.id, "type": i.type, "state": i.state, "reason": i.reason} for i in ended]
@@ -159,7 +162,7 @@ class TerminateRunInstances(EC2TerminateInstanceOperator):
 
 
 class ReapInstances(BaseOperator):
-    """Ends tagged instances whose run has ended or whose deadline has passed. The same as ``crpbot gpu reap``."""
+    """Ends tagged instances whose run has ended or whose deadline has passed. ``crpbot gpu reap`` cannot ask after runs."""
 
     def execute(self, context: Context) -> dict[str, int]:
         ti = context["ti"]
@@ -184,8 +187,23 @@ class ReapInstances(BaseOperator):
         return counts
 
 
+def end_what_is_left(run: str, known: Sequence[dict[str, str]] | None) -> None:
+    """Ends whatever instance of ``run`` lives, and bills the run anew where EC2 shows one that is not among the ``known`` ones,
+    which are what ``TerminateRunInstances`` returned. TerminationError as ``terminate_run`` raises it."""
+    if not run:
+        return
+    current = settings()
+    ended = terminate.terminate_run(_ec2_hook().conn, Lake(current.lake), current.gpu, run)
+    if new := sorted({i.id for i in ended} - {row["instance"] for row in known or ()}):
+        log.info("not among what `terminate` has ended: %s of %s; terminated now", ", ".join(new), run)
+        cost_of_run(run)
+
+
 def cost_of_run(run: str) -> dict[str, Any]:
-    """The bill of one run, logged as a line an instance, entered into the ledger and kept in the lake."""
+    """The bill of one run, logged as a line an instance, entered into the ledger and kept in the lake. Of no run an empty one."""
+    if not run:
+        log.info("this run has no plan, so it cost nothing")
+        return {}
     current = settings()
     report = budget.report(_ec2_hook().conn, Lake(current.lake), current.gpu, run)
     for row in report["instances"]:

@@ -108,11 +108,16 @@ class TrainingJobTrigger(BaseTrigger):
         from airflow.providers.amazon.aws.hooks.ec2 import EC2Hook
 
         from crpbot_lib.config import settings
+        from crpbot_lib.gpu import clients
         from crpbot_lib.gpu.watch import Watcher
         from crpbot_lib.lake import Lake
 
         current = settings()
-        options: dict[str, Any] = {"aws_conn_id": current.gpu.aws_conn_id, "region_name": current.gpu.region}
+        options: dict[str, Any] = {
+            "aws_conn_id": current.gpu.aws_conn_id,
+            "region_name": current.gpu.region,
+            "config": clients.CONFIG,
+        }
         return Watcher(
             ec2=EC2Hook(api_type="client_type", **options).conn,
             logs=AwsBaseHook(client_type="logs", **options).conn,

@@ -12,6 +12,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DAG_IDS = ["market_data", "market_data_range", "promote", "reap_gpu_instances", "retrain"]
+ENDS = ("terminate", "cost_report", "verdict")
 
 
 def test_these_are_the_dags(dags: dict[str, Any]) -> None:
@@ -143,16 +144,47 @@ def test_the_teardown_belongs_to_both_setups_and_the_first_never_touches_aws(dag
     assert terminate.on_failure_fail_dagrun is False
 
 
-def test_the_verdict_alone_decides_the_run_and_stands_behind_every_task_but_the_setups(dags: dict[str, Any]) -> None:
+def test_the_verdict_alone_decides_the_run_and_stands_behind_every_task(dags: dict[str, Any]) -> None:
     retrain = dags["retrain"]
     verdict = retrain.get_task("verdict")
     # a teardown, since Airflow skips all others when somebody marks the run as failed
     assert verdict.is_teardown
     assert verdict.on_failure_fail_dagrun is True
-    assert verdict.upstream_task_ids == {
-        task.task_id for task in retrain.tasks if not task.is_setup and task.task_id not in ("verdict", "symbols_of")
-    }
+    assert verdict.upstream_task_ids == {task.task_id for task in retrain.tasks if task.task_id not in ("verdict", "symbols_of")}
     assert [task.task_id for task in retrain.leaves] == ["verdict"]
+
+
+def test_what_ends_a_run_runs_whatever_became_of_the_setups(dags: dict[str, Any]) -> None:
+    """By Airflow's own rule a teardown is left out where none of its setups succeeded, though an earlier pass may have launched."""
+    for name in ENDS:
+        assert dags["retrain"].get_task(name).trigger_rule == "all_done"
+
+
+@pytest.mark.parametrize("task", ["launch", "train", "check_model", "sync_models"])
+@pytest.mark.parametrize("downstream", [False, True])
+def test_whoever_clears_what_launches_clears_what_ends_it_and_judges_it(dags: dict[str, Any], task: str, downstream: bool) -> None:
+    """As the scheduler finds the tasks that are cleared together (Airflow's ``partial_subset``)."""
+    from airflow.serialization.serialized_objects import DagSerialization
+
+    retrain = DagSerialization.from_dict(DagSerialization.to_dict(dags["retrain"]))
+    cleared = retrain.partial_subset(task_ids={task}, include_downstream=downstream, include_upstream=False)
+    launching = {"launch", "train"} & set(cleared.task_dict)
+    assert launching
+    # launch alone is cleared with the teardown; its bill is then the verdict's
+    assert {"terminate", "verdict"} <= set(cleared.task_dict)
+    for name in launching:
+        assert {"terminate", "verdict"} <= cleared.get_task(name).downstream_task_ids
+
+
+def test_the_chat_hears_of_every_safety_task_that_fails(dags: dict[str, Any]) -> None:
+    for dag_id, task_id in (("retrain", "terminate"), ("retrain", "verdict"), ("reap_gpu_instances", "reap")):
+        callbacks = dags[dag_id].get_task(task_id).on_failure_callback
+        assert [getattr(one, "__name__", None) for one in callbacks] == ["tell_failure"]
+
+
+def test_long_loads_leave_workers_free_for_what_ends_an_instance(dags: dict[str, Any]) -> None:
+    for dag_id, task_id in (("market_data_range", "load"), ("retrain", "ensure_coverage")):
+        assert dags[dag_id].get_task(task_id).max_active_tis_per_dag == 2
 
 
 def test_models_are_published_only_by_sync_and_promotion_waits_for_it(dags: dict[str, Any]) -> None:

@@ -157,6 +157,41 @@ def test_a_launch_that_fails_on_purpose_fails_the_run_and_leaves_no_instance(dep
     assert deployment.living() == []
 
 
+def test_clearing_only_what_failed_launches_behind_the_teardown_and_leaves_no_instance(
+    deployment: Any, trained: dict[str, Any]
+) -> None:
+    """Airflow then leaves the `terminate` of the first pass as it is. Trained without a GPU the job fails, and its power-off never
+    comes, so that the verdict alone ends the instance."""
+    airflow = deployment.airflow
+    deployment.control("capacity", {"unavailable": ["g5.xlarge", "g4dn.xlarge"]})
+    try:
+        run = airflow.trigger("retrain", conf={"start": DAYS[0], "end": "2025-05-28", "symbols": ["ETH-USD"], "smoke": False})
+        assert airflow.wait("retrain", run, LIMIT) == "failed"
+    finally:
+        deployment.control("capacity", {"unavailable": []})
+    torn_down = {t["task_id"]: t for t in airflow.tasks("retrain", run)}["terminate"]
+
+    airflow.clear_failed("retrain", run)
+    until = time.monotonic() + LIMIT
+    while not deployment.living():
+        assert time.monotonic() < until, "no instance was launched"
+        time.sleep(0.1)
+    (instance,) = deployment.living()
+    deployment.control(f"instances/{instance}/freeze", {"processes": False})
+    assert airflow.wait("retrain", run, LIMIT) == "failed"
+
+    tasks = {t["task_id"]: t for t in airflow.tasks("retrain", run)}
+    assert (tasks["terminate"]["try_number"], tasks["terminate"]["end_date"]) == (1, torn_down["end_date"])
+    assert (tasks["train"]["state"], tasks["verdict"]["state"]) == ("failed", "failed")
+    assert f"{instance}" in airflow.task_log("retrain", run, "verdict", tasks["verdict"]["try_number"])
+    (ended,) = [i for i in deployment.instances() if i["id"] == instance]
+    assert (ended["state"], ended["state_reason"]) == ("terminated", "Client.UserInitiatedShutdown")
+    assert deployment.living() == []
+    bill = deployment.lake.read_json(keys.training_run(airflow.xcom("retrain", run, "plan")["run"], "cost.json"))
+    assert [row["id"] for row in bill["instances"]] == [instance]
+    assert any(f"FAILED retrain / verdict, run {run}" in message for message in deployment.telegram())
+
+
 def test_clearing_the_running_work_leaves_one_instance_and_then_none(deployment: Any, trained: dict[str, Any]) -> None:
     """What leaks with the stock operators: the setup is cleared too, and would launch a second instance."""
     airflow = deployment.airflow
@@ -180,6 +215,14 @@ def test_clearing_the_running_work_leaves_one_instance_and_then_none(deployment:
     assert airflow.wait("retrain", run, LIMIT) == "success"
     assert states(deployment, "retrain", run)["launch"] == {"success"}
     assert [i["id"] for i in deployment.instances() if i["tags"].get("crpbot:run") == name] == [i["id"] for i in mine]
+
+    # cleared alone, the training is waited for before its instance is ended
+    airflow.clear("retrain", run, "train", downstream=False)
+    assert airflow.wait("retrain", run, LIMIT) == "success"
+    again = [i for i in deployment.instances() if i["tags"].get("crpbot:run") == name]
+    assert len(again) == len(mine) + 1
+    assert deployment.lake.read_json(keys.training_run(name, "status.json"))["state"] == "succeeded"
+    assert deployment.living() == []
 
 
 def test_a_run_that_somebody_marks_as_failed_stays_failed_and_leaves_no_instance(deployment: Any, trained: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,3 +50,40 @@ def test_the_event_of_another_run_ends_no_task() -> None:
         task.execute_complete({}, event)
     assert not isinstance(refused.value, AirflowFailException), "another try follows the run anew"
     assert task.execute_complete({}, {**event, "run": "run-b"})["verdict"] == "succeeded"
+
+
+def test_a_run_without_a_plan_is_asked_for_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its teardown runs all the same, and nothing can have been launched for it."""
+    from crpbot_airflow import operators
+
+    def hook() -> None:
+        raise AssertionError("EC2 was asked")
+
+    monkeypatch.setattr(operators, "_ec2_hook", hook)
+    assert operators.TerminateRunInstances(task_id="terminate", run="").execute({}) == []
+    assert operators.cost_of_run("") == {}
+    operators.end_what_is_left("", None)
+
+
+@pytest.mark.parametrize("key", [None, "None", "2025-5-26", "today"])
+def test_a_partition_key_that_names_no_day_fails_for_good_and_says_what_is_expected(key: str) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from crpbot_airflow.defaults import day_of
+
+    with pytest.raises(AirflowFailException, match="expected a UTC day like 2025-05-26"):
+        day_of(str(key))
+    assert day_of("2025-05-26") == date(2025, 5, 26)
+
+
+def test_the_chat_hears_of_a_safety_task_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from crpbot_airflow.defaults import tell_failure
+    from crpbot_lib.runtime import telegram
+
+    told: list[str] = []
+    monkeypatch.setattr(telegram, "notify", lambda _settings, text: told.append(text))
+    task = SimpleNamespace(dag_id="retrain", task_id="terminate", run_id="manual__1")
+    tell_failure({"ti": task, "exception": RuntimeError("EC2 answers 5 times with an error")})
+    assert told == [
+        "FAILED retrain / terminate, run manual__1: EC2 answers 5 times with an error. See its log, and `crpbot gpu list`"
+    ]

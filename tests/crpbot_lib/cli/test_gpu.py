@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from crpbot_lib.cli import app
 from crpbot_lib.config import GpuSettings
-from crpbot_lib.gpu import budget, launch
+from crpbot_lib.gpu import budget, instances, launch
 from crpbot_lib.lake import Lake, keys
 from crpbot_lib.sandbox.server import Sandbox, SandboxOptions
 
@@ -98,3 +98,32 @@ def test_a_run_with_a_month_is_refused(lake: Lake) -> None:
 
 def test_an_empty_ledger_says_so(cloud: None, lake: Lake) -> None:
     assert "the ledger is empty" in said("cost", "--rebuild")
+
+
+def test_a_dry_run_for_one_run_names_what_would_end_and_ends_nothing(cloud: None, lake: Lake) -> None:
+    ec2: Any = boto3.session.Session().client("ec2", region_name="us-east-1")
+    launched = launch.ensure_instance(ec2, lake, GpuSettings(), RUN)
+    try:
+        assert said("reap", "--run", RUN, "--dry-run").strip() == f"would terminate {launched.id}: --run {RUN}"
+        assert said("reap", "--run", "another", "--dry-run").strip() == "nothing to reap"
+        assert launched.id in said("list")
+    finally:
+        said("reap", "--run", RUN)
+
+
+def test_what_is_past_its_deadline_is_ended_where_no_lake_is_named(
+    cloud: None, lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last resort, from any machine: what it needs is EC2."""
+    ec2: Any = boto3.session.Session().client("ec2", region_name="us-east-1")
+    launched = launch.ensure_instance(ec2, lake, GpuSettings(), RUN)
+    ec2.create_tags(Resources=[launched.id], Tags=[{"Key": instances.TAG_DEADLINE, "Value": "2025-05-29T00:00:00+00:00"}])
+    monkeypatch.delenv("CRPBOT_LAKE")
+    told = said("reap")
+    assert "CRPBOT_LAKE is not set: the ledger is not brought up to date" in told
+    assert f"terminate {launched.id}: past its deadline 2025-05-29T00:00:00+00:00" in told
+    assert "CRPBOT_LAKE=''" in said("reap", "--run", RUN, status=1)
+    monkeypatch.setenv("CRPBOT_LAKE", lake.root)
+    # the ledger is made good by the next pass that knows it
+    said("reap")
+    assert json.loads(said("cost", "--month", launch.records(lake, RUN)[0].month, "--json"))["launches"][0]["state"] == "ended"

@@ -314,6 +314,24 @@ def test_a_run_is_trained_when_its_last_instance_said_so(lake: Lake, instance: I
     assert job_succeeded(lake, run)
 
 
+def test_a_job_whose_spec_was_written_anew_is_replaced_and_its_success_is_none_of_the_runs(
+    lake: Lake, gpu: GpuSettings, instance: Instance, run: str
+) -> None:
+    """As when features are built anew, under a new version, while the job is at work."""
+    job = keys.training_run(run, "job.json")
+    lake.write_json(job, {"run": run, "feature_version": "one"})
+    told = lake.sha256(job)
+    for state, replaced in (("running", False), ("succeeded", False), ("failed", True)):
+        status(lake, run, state, job=told)
+        assert job_failed(lake, gpu, run)(instance) is replaced
+        assert job_succeeded(lake, run) is (state == "succeeded")
+    lake.write_json(job, {"run": run, "feature_version": "two"})
+    for state in ("running", "succeeded", "failed"):
+        status(lake, run, state, job=told)
+        assert job_failed(lake, gpu, run)(instance)
+        assert not job_succeeded(lake, run)
+
+
 def test_a_deliberate_repetition_takes_an_ended_jobs_word_back_and_leaves_a_working_job_alone(
     lake: Lake, gpu: GpuSettings, instance: Instance, run: str
 ) -> None:
