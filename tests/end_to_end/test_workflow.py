@@ -107,6 +107,15 @@ def test_publication_starts_the_promotion_and_telegram_hears_of_it(deployment: A
     assert any("SMOKE" in message for message in deployment.telegram())
 
 
+def test_the_chat_hears_of_a_run_that_is_late_and_the_run_goes_on(deployment: Any, trained: dict[str, Any]) -> None:
+    """In this deployment a run is late after six seconds."""
+    until = time.monotonic() + 120
+    while not any(f"LATE retrain, run {trained['run']}" in message for message in deployment.telegram()):
+        assert time.monotonic() < until, "nothing was told of a run that is late"
+        time.sleep(1)
+    assert trained["state"] == "success"
+
+
 def test_a_training_that_fails_on_purpose_fails_the_run_and_leaves_no_instance(deployment: Any, trained: dict[str, Any]) -> None:
     """The local cloud has no GPU, and a job that is no smoke run refuses to train without one. The power-off at the job's end never
     comes, so that the teardown alone ends the instance."""
@@ -186,6 +195,7 @@ def test_clearing_only_what_failed_launches_behind_the_teardown_and_leaves_no_in
     assert f"{instance}" in airflow.task_log("retrain", run, "verdict", tasks["verdict"]["try_number"])
     (ended,) = [i for i in deployment.instances() if i["id"] == instance]
     assert (ended["state"], ended["state_reason"]) == ("terminated", "Client.UserInitiatedShutdown")
+    assert "Caller/_PythonDecoratedOperator" in ended["ended_by"]
     assert deployment.living() == []
     bill = deployment.lake.read_json(keys.training_run(airflow.xcom("retrain", run, "plan")["run"], "cost.json"))
     assert [row["id"] for row in bill["instances"]] == [instance]

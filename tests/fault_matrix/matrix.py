@@ -726,7 +726,14 @@ def _life(instance: dict[str, Any]) -> float:
 
 def _layer(ended_by: str) -> str:
     """The layer of docs/termination.md, by what EC2 knows of the end."""
-    callers = {"TerminateRunInstances": "1", "ReapInstances": "4", "TrainOnInstance": "retry", "LaunchTrainingInstance": "retry"}
+    callers = {
+        "TerminateRunInstances": "1",
+        # `verdict`, which looks once more
+        "_PythonDecoratedOperator": "1",
+        "ReapInstances": "4",
+        "TrainOnInstance": "retry",
+        "LaunchTrainingInstance": "retry",
+    }
     if match := re.search(r"Caller/(\w+)", ended_by):
         return callers.get(match.group(1), match.group(1))
     own = {"power-off": "2", "deadline": "3", "spot": "spot"}
