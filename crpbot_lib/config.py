@@ -37,7 +37,16 @@ class Symbol(_Model):
     exchange_listed: date | None = None
     """First UTC day of which the exchange can have a candle; an earlier day is refused. None: not checked."""
     all_time_highs: tuple[tuple[float, AwareDatetime], ...] = ()
-    """Dated records (USD price, time) above what the daily prices show; needed where the history does not reach ``coin_listed``."""
+    """Dated records (USD price, time) above what the daily prices show. Where CoinGecko's plan does not reach ``coin_listed``:
+    every high that stood for 30 days or longer."""
+    all_time_highs_until: date | None = None
+    """UTC day before which none is lacking in ``all_time_highs``; None: the day of the last of them."""
+
+    @property
+    def highs_known_until(self) -> date | None:
+        """UTC day before which ``all_time_highs`` says what the all-time high was; None where it says nothing."""
+        days = [at.astimezone(UTC).date() for _, at in self.all_time_highs]
+        return (self.all_time_highs_until or max(days)) if days else None
 
     @property
     def slug(self) -> str:
@@ -156,6 +165,10 @@ DEFAULT_SYMBOLS: tuple[Symbol, ...] = (
 )
 
 
+PLAN_HISTORY_DAYS: dict[str, int | None] = {"pro": None, "demo": 365, "public": 365}
+"""How far back each of CoinGecko's plans may be asked, None: without a limit. What else they allow: ``market_data/plans.py``."""
+
+
 class OrchestrationSettings(_Model):
     """When the DAGs run, and what they do when a task fails for a reason that may pass."""
 
@@ -226,6 +239,11 @@ class Settings(BaseSettings):
             known = ", ".join(settings_cls.model_fields)
             raise ValueError(f"CRPBOT_CONFIG={path!r}: no setting is called {', '.join(unknown)}; there are {known}")
         return (*sources, file)
+
+    @property
+    def coingecko_reach_days(self) -> int | None:
+        """How many days before now CoinGecko may be asked for; None: all of them."""
+        return self.coingecko_history_days or PLAN_HISTORY_DAYS[self.coingecko_plan]
 
     def symbol(self, name: str) -> Symbol:
         """The table's entry of ``name``; ValueError names the known symbols."""

@@ -45,6 +45,9 @@ CANDLE_LEAD_DAYS = 1
 longer run even where its first minutes had no trade."""
 HOURLY_LEAD_DAYS = 17
 """Days of hourly CoinGecko points read before an interval: 408 points for the 400 of the warm-up."""
+DAILY_LEAD_DAYS = max(f.warm_up for f in FEATURES if f.group == "coingecko_daily") + 2
+"""Days of daily CoinGecko points read before an interval where not all are: the longest window, and the age at which a point still
+counts."""
 
 
 def first_hourly_day(start: date, listed: date) -> date:

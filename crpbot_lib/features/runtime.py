@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import polars as pl
 
 from crpbot_lib import config
-from crpbot_lib.config import TIMEFRAME_SECONDS, Symbol
+from crpbot_lib.config import TIMEFRAME_SECONDS, Settings, Symbol
 from crpbot_lib.features import candles, catalog, multi_timeframe
 from crpbot_lib.features.engineer import Engineered, engineer, worst
 from crpbot_lib.features.errors import FeatureError, NoRowError
 from crpbot_lib.features.feature import CLOSES_AFTER
-from crpbot_lib.features.history import check_history
+from crpbot_lib.features.history import check_history, first_daily_day
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,20 +49,27 @@ def check_flags(symbol: Symbol, include_multi_tf: bool | None, include_coingecko
 
 
 def engineer_runtime_features(
-    df: pd.DataFrame, symbol: str, data_fetcher: DataFetcher, include_multi_tf: bool, include_coingecko: bool
+    df: pd.DataFrame,
+    symbol: str,
+    data_fetcher: DataFetcher,
+    include_multi_tf: bool,
+    include_coingecko: bool,
+    settings: Settings | None = None,
 ) -> pd.DataFrame:
     """The features of the 1-minute candles ``df``, as ``engineer_features`` computes them, as a pandas frame.
 
     ``df`` has ``timestamp`` (UTC open time) as a column or as its index, and open, high, low, close, volume; the last row is the
     candle that has just closed. Only rows from ``SEGMENT_WARM_UP`` minutes on come back; values equal the training file's from
-    one day of candles on. FeatureError when the flags contradict the symbol's catalog, or the input is not usable (as in training);
-    NoRowError, one of them, when the newest minute has no row.
+    one day of candles on. ``settings`` None: the process's. FeatureError when the flags contradict the symbol's catalog, or the
+    input is not usable (as in training); NoRowError, one of them, when the newest minute has no row.
     """
-    entry = config.settings().symbol(symbol)
+    settings = settings or config.settings()
+    entry = settings.symbol(symbol)
     check_flags(entry, include_multi_tf, include_coingecko)
     frame = df if "timestamp" in df.columns else df.rename_axis("timestamp").reset_index()
     minutes = candles.check_candles(f"{symbol} 1m candles", pl.from_pandas(frame), TIMEFRAME_SECONDS["1m"])
-    first, end = minutes["timestamp"][0], minutes["timestamp"][-1] + CLOSES_AFTER
+    first, newest = minutes["timestamp"][0], minutes["timestamp"][-1]
+    end = newest + CLOSES_AFTER
 
     by_width = {"1m": minutes}
     if "multi_timeframe" in entry.feature_groups:
@@ -73,10 +80,9 @@ def engineer_runtime_features(
     if "coingecko_hourly" in entry.feature_groups:
         points["hourly"] = data_fetcher.hourly(entry.coin, first - timedelta(days=catalog.HOURLY_LEAD_DAYS), end)
     if "coingecko_daily" in entry.feature_groups:
-        points["daily"] = data_fetcher.daily(entry.coin, _midnight(entry.coin_listed), end)
+        points["daily"] = data_fetcher.daily(entry.coin, _midnight(first_daily_day(settings, entry, newest.date())), end)
         check_history(entry, points["daily"], first)
     built = engineer(symbol, entry.feature_groups, by_width, points)
-    newest = minutes["timestamp"][-1]
     if built.frame.is_empty() or built.frame["timestamp"][-1] != newest:
         raise NoRowError(f"{symbol}: the newest minute, {newest:%Y-%m-%d %H:%M} UTC, has no row: {_why(built)}")
     return built.frame.to_pandas()

@@ -118,13 +118,13 @@ class CoinGeckoClient:
 
     def _range(self, coin: str, series: Series, start: datetime, end: datetime) -> pl.DataFrame:
         begin, stop = floor(in_utc(start, "start"), SERIES_WIDTH[series]), in_utc(end, "end")
-        earliest = self._earliest()
+        earliest = self.earliest()
         if earliest and begin < min(earliest, stop):
             raise MarketDataError(
                 f"CoinGecko: {coin} {series} from {begin:%Y-%m-%d}: the plan {self.plan.name!r} reaches back "
-                f"{(self.plan.history or DAY).days} days, to {earliest:%Y-%m-%d}; ask from that day on (the "
-                "records before it are the symbol's `all_time_highs`), or use a plan with the whole history "
-                "(CRPBOT_COINGECKO_PLAN, docs/market_data.md)",
+                f"{(self.plan.history or DAY).days} days, to {earliest:%Y-%m-%d}; ask from that day on "
+                "(the highs before it are the symbol's `all_time_highs`, complete until `all_time_highs_until`), or use a plan "
+                "with the whole history (CRPBOT_COINGECKO_PLAN, docs/market_data.md)",
                 permanent=True,
             )
         longest = LONGEST_RANGE[series] or max(stop - begin, timedelta(1))
@@ -193,13 +193,13 @@ class CoinGeckoClient:
         """The range around ``[start, end)`` that is answered in the series' own steps: wide enough, and within the plan."""
         shortest, until = SHORTEST_RANGE[series], end + BEYOND[series]
         since = min(start, min(until, self._now()) - shortest)
-        earliest = self._earliest()
+        earliest = self.earliest()
         if earliest and since < earliest:
             return earliest, max(until, earliest + shortest)
         return since, until
 
-    def _earliest(self) -> datetime | None:
-        """The first day that the plan's history has whole; None: all of them."""
+    def earliest(self) -> datetime | None:
+        """The first day (its midnight, UTC) that the plan's history has whole now; None: all of them."""
         # some minutes less, for a clock that differs from theirs
         return None if self.plan.history is None else ceil(self._now() - self.plan.history + timedelta(minutes=10), DAY)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
+from crpbot_lib.config import PLAN_HISTORY_DAYS
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -23,13 +25,18 @@ class Plan:
         return (self.requests_per_minute - 1) / 60
 
 
+def reaching(days: int | None) -> timedelta | None:
+    """A plan's ``history`` of so many days."""
+    return None if days is None else timedelta(days=days)
+
+
 PLANS: dict[str, Plan] = {
     plan.name: plan
     for plan in (
         # the smallest paid plan's rate: no paid plan refuses it
-        Plan("pro", "https://pro-api.coingecko.com/api/v3", "x-cg-pro-api-key", 250, None),
-        Plan("demo", "https://api.coingecko.com/api/v3", "x-cg-demo-api-key", 30, timedelta(days=365)),
+        Plan("pro", "https://pro-api.coingecko.com/api/v3", "x-cg-pro-api-key", 250, reaching(PLAN_HISTORY_DAYS["pro"])),
+        Plan("demo", "https://api.coingecko.com/api/v3", "x-cg-demo-api-key", 30, reaching(PLAN_HISTORY_DAYS["demo"])),
         # documented as 5 to 15, by the load of the world
-        Plan("public", "https://api.coingecko.com/api/v3", None, 5, timedelta(days=365)),
+        Plan("public", "https://api.coingecko.com/api/v3", None, 5, reaching(PLAN_HISTORY_DAYS["public"])),
     )
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 import polars as pl
@@ -12,7 +12,7 @@ from crpbot_lib.config import Settings
 from crpbot_lib.market_data.coinbase import CoinbaseClient
 from crpbot_lib.market_data.coingecko import CoinGeckoClient
 from crpbot_lib.market_data.frames import Clock, utc_now
-from crpbot_lib.market_data.plans import PLANS
+from crpbot_lib.market_data.plans import PLANS, reaching
 
 
 class MarketData:
@@ -23,9 +23,7 @@ class MarketData:
     """
 
     def __init__(self, settings: Settings, *, now: Clock = utc_now, backoff: float = 1.0) -> None:
-        plan = PLANS[settings.coingecko_plan]
-        if settings.coingecko_history_days is not None:
-            plan = replace(plan, history=timedelta(days=settings.coingecko_history_days))
+        plan = replace(PLANS[settings.coingecko_plan], history=reaching(settings.coingecko_reach_days))
         directory = None if settings.rate_limit_dir is None else Path(settings.rate_limit_dir)
         self.coinbase = CoinbaseClient(
             settings.coinbase_url,

@@ -164,7 +164,7 @@ def _load(settings: Settings, lake: Lake, mode: Mode, versions: Mapping[str, str
 
 
 def _decide(settings: Settings, symbol: str, checkpoint: Checkpoint, data: DataFetcher, at: datetime, first_time: bool) -> Signal:
-    features = live_features(settings.symbol(symbol), data, at, settings.runtime.window_minutes)
+    features = live_features(settings.symbol(symbol), data, at, settings.runtime.window_minutes, settings)
     if first_time:
         ModelLog(logger, checkpoint.smoke).info("%s: Numeric features selected: %d", symbol, len(selected(features)))
     return decide(checkpoint, features, at)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crpbot_lib.config import Symbol
+from crpbot_lib.config import Settings, Symbol
 from crpbot_lib.features import DataFetcher, NoRowError, catalog, engineer_runtime_features
 from crpbot_lib.registry import AlignmentError
 from crpbot_lib.training import marked
@@ -52,8 +52,11 @@ class Signal:
         return marked(f"{self.symbol}: {self.side} @ {100 * sure:.1f}% (LSTM: {self.probability:.3f})", self.smoke)
 
 
-def live_features(symbol: Symbol, data: DataFetcher, at: datetime, window_minutes: int) -> pd.DataFrame:
-    """The symbol's rows over the last ``window_minutes`` known at ``at`` (pandas, columns as in the features file).
+def live_features(
+    symbol: Symbol, data: DataFetcher, at: datetime, window_minutes: int, settings: Settings | None = None
+) -> pd.DataFrame:
+    """The symbol's rows over the last ``window_minutes`` known at ``at`` (pandas, columns as in the features file), by ``settings``
+    (None: the process's).
 
     NoDecisionError when the source has no candle there, or its newest minute has no row; it names what that lacks.
     """
@@ -63,7 +66,7 @@ def live_features(symbol: Symbol, data: DataFetcher, at: datetime, window_minute
     groups = symbol.feature_groups
     try:
         return engineer_runtime_features(
-            minutes.to_pandas(), symbol.name, data, "multi_timeframe" in groups, "coingecko_hourly" in groups
+            minutes.to_pandas(), symbol.name, data, "multi_timeframe" in groups, "coingecko_hourly" in groups, settings
         )
     except NoRowError as error:
         raise NoDecisionError(str(error)) from error

@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 
-from crpbot_lib.config import Settings, Symbol
-from crpbot_lib.features import catalog
 from crpbot_lib.market_data import Clock, MarketDataError
-from crpbot_lib.market_data.plans import PLANS
 
 DAY = timedelta(days=1)
 SETTLES = timedelta(minutes=5)
 """How long after its end a day is not over yet: at midnight sharp its last minute may not be served."""
-DAILY_LEAD_DAYS = max(f.warm_up for f in catalog.FEATURES if f.group == "coingecko_daily") + 2
-"""The longest window of the catalog's daily features, and the age at which a daily point still counts."""
 
 
 def midnight(day: date) -> datetime:
@@ -44,12 +39,3 @@ def closed_days(start: date, end: date, now: Clock) -> list[date]:
             permanent=True,
         )
     return list(days_of(start, end))
-
-
-def first_daily_day(settings: Settings, entry: Symbol, day: date) -> date:
-    """The day with which CoinGecko's daily history known on ``day`` begins: the coin's listing; where the plan does not reach that
-    far, what a retraining of ``training.days`` needs with the catalog's warm-up. By the day and not by the clock, so that a
-    partition is the same whenever it is fetched."""
-    if PLANS[settings.coingecko_plan].history is None and settings.coingecko_history_days is None:
-        return entry.coin_listed
-    return max(entry.coin_listed, day - (settings.training.days + DAILY_LEAD_DAYS) * DAY)

@@ -25,13 +25,14 @@ from typing import Any, Literal
 import polars as pl
 
 from crpbot_lib.config import Settings, Symbol
+from crpbot_lib.features.history import first_daily_day
 from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
 from crpbot_lib.market_data import Clock, MarketData, MarketDataError, QualityError
 from crpbot_lib.market_data.frames import SERIES_WIDTH, width
 from crpbot_lib.market_data.progress import Meter
 from crpbot_lib.market_data.quality import Gap, check_candles, check_points
 from crpbot_lib.market_data.quality import coverage as cover
-from crpbot_lib.steps.days import DAY, closed_days, first_daily_day, midnight
+from crpbot_lib.steps.days import DAY, closed_days, midnight
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ def points(settings: Settings, market: MarketData, entry: Symbol) -> list[Series
     if plan.history is not None and not entry.all_time_highs:
         log.warning(
             "CoinGecko's %s plan reaches back %d days, not to the listing of %s on %s: its features cannot be built without dated "
-            "records in `all_time_highs` of %s",
+            "records in `all_time_highs` of %s (docs/market_data.md)",
             *(plan.name, plan.history.days, entry.coin, entry.coin_listed, entry.name),
         )
     common = {"of": entry.coin, "symbol": entry.name, "source": "CoinGecko", "first": entry.coin_listed}

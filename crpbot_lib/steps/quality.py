@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from crpbot_lib.config import TIMEFRAMES, Settings, Symbol, Timeframe
+from crpbot_lib.features.history import first_daily_day
 from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
 from crpbot_lib.market_data import QualityError
 from crpbot_lib.market_data.frames import CANDLE_SCHEMA, SERIES_WIDTH, width
@@ -19,7 +20,7 @@ from crpbot_lib.market_data.gaps import MINUTE_COLUMNS, WIDER_COLUMNS, classify,
 from crpbot_lib.market_data.progress import Progress
 from crpbot_lib.market_data.quality import Coverage, Finding, check_candles, check_points, compare, suspicious
 from crpbot_lib.market_data.quality import coverage as cover
-from crpbot_lib.steps.days import DAY, check_interval, days_of, first_daily_day, midnight
+from crpbot_lib.steps.days import DAY, check_interval, days_of, midnight
 from crpbot_lib.steps.partitions import IN_PARALLEL, Summary, stored_frame
 
 log = logging.getLogger(__name__)

@@ -199,17 +199,21 @@ def test_an_empty_interval_is_refused(settings: Settings, lake: Lake, start: dat
         plan_features(settings, lake, SYMBOLS, start, end)
 
 
-def test_a_history_that_begins_late_needs_a_dated_record(lake: Lake) -> None:
+def test_a_history_that_begins_late_needs_dated_records_until_it_begins(lake: Lake) -> None:
     key = keys.coingecko("daily", "solana", END - DAY)
     lake.write_frame(key, lake.read_frame(key).filter(pl.col("timestamp") >= _at(START - 60 * DAY)))
     plan = plan_features(Settings(), lake, ["SOL-USD"], START, END)
     with pytest.raises(FeatureError, match="the daily history of solana begins on 2025-03-21, the coin was listed on 2020-04-11"):
         build_features(Settings(), lake, plan, "SOL-USD")
-    table = tuple(
-        s if s.name != "SOL-USD" else s.model_copy(update={"all_time_highs": ((293.31, datetime(2025, 1, 19, tzinfo=UTC)),)})
-        for s in Settings().symbols
-    )
-    recorded = Settings(symbols=table)
+    record: dict[str, Any] = {"all_time_highs": ((293.31, datetime(2025, 1, 19, tzinfo=UTC)),)}
+
+    def settings(entry: dict[str, Any]) -> Settings:
+        return Settings(symbols=tuple(s.model_copy(update=entry) if s.name == "SOL-USD" else s for s in Settings().symbols))
+
+    plan = plan_features(settings(record), lake, ["SOL-USD"], START, END)
+    with pytest.raises(FeatureError, match=r"`all_time_highs` are complete until 2025-01-19 only, .* to 2025-03-21 or later"):
+        build_features(settings(record), lake, plan, "SOL-USD")
+    recorded = settings(record | {"all_time_highs_until": date(2025, 3, 21)})
     plan = plan_features(recorded, lake, ["SOL-USD"], START, END)
     build_features(recorded, lake, plan, "SOL-USD")
     assert lake.read_frame(keys.features(plan["version"], "SOL-USD"))["days_since_ath"][-1] == pytest.approx(123)
