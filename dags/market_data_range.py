@@ -9,7 +9,8 @@ The partitions are the same, byte for byte, as those of the daily runs of `marke
 limits. What was stored before is never lost: where a source now serves less, the stored partition is kept.
 
 **Parameters.** `start`, `end`: UTC days, `[start, end)`, all of them over. `symbols`: which to load. `refetch`: `absent` fetches
-the partitions that are not there, `incomplete` also those that lack a row, `all` everything again.
+the partitions that are not there, `incomplete` also those that lack a row, `all` everything again. `candles_only`: nothing of
+CoinGecko, for days that its plan does not reach; `plan` fails where it does not.
 
 **When it fails:** the task log says what to do; `plan` fails before anything is fetched. Clear the failed task: with `absent`,
 `load` goes on where it stopped. Nothing half-written stays.
@@ -42,6 +43,7 @@ REFETCH = {"absent": "those not there", "incomplete": "also those that lack a ro
         "refetch": Param(
             "absent", type="string", enum=list(REFETCH), values_display=REFETCH, description="which partitions to fetch"
         ),
+        "candles_only": Param(False, type="boolean", description="nothing of CoinGecko, whose plan may not reach back so far"),
     },
     doc_md=__doc__,
     tags=[Tag.DATA],
@@ -52,7 +54,8 @@ def market_data_range() -> None:
         """Checks the parameters, says what it will take; everything after takes them from here."""
         from crpbot_lib.steps import ingest
 
-        estimate = run_step(ingest.plan_load, params["symbols"], *interval(params), refetch=params["refetch"])
+        chosen = {"coingecko": not params["candles_only"], "refetch": params["refetch"]}
+        estimate = run_step(ingest.plan_load, params["symbols"], *interval(params), **chosen)
         return {**params} | {name: estimate[name] for name in ("present", "partitions", "requests", "seconds")}
 
     @task
@@ -64,7 +67,8 @@ def market_data_range() -> None:
     def load(symbol: str, range_plan: dict[str, Any]) -> dict[str, Any]:
         from crpbot_lib.steps import ingest
 
-        return run_step(ingest.load, symbol, *interval(range_plan), refetch=range_plan["refetch"])
+        chosen = {"coingecko": not range_plan["candles_only"], "refetch": range_plan["refetch"]}
+        return run_step(ingest.load, symbol, *interval(range_plan), **chosen)
 
     @task
     def gaps(range_plan: dict[str, Any]) -> dict[str, Any]:

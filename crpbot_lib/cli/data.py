@@ -89,6 +89,9 @@ def fetch_all(
     refetch: Annotated[
         Refetch, typer.Option(help="absent: what is not there; incomplete: also what lacks rows; all: everything again.")
     ] = "absent",
+    candles_only: Annotated[
+        bool, typer.Option("--candles-only", help="Nothing of CoinGecko, whose plan may not reach back so far.")
+    ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -99,13 +102,19 @@ def fetch_all(
     with clear_errors():
         config, lake = open_lake()
         names = _symbols(config, symbols)
-        # of all symbols before the first request: a wrong one must not be found out after hours
-        plan = ingest.plan_load(config, lake, names, start, end, refetch=refetch if dry_run else "all")
+        coingecko = not candles_only
+        # of all symbols before the first request: a wrong one must not be found out after hours. What is incomplete is found by
+        # reading all partitions, which is done once
+        planned = "absent" if refetch == "incomplete" and not dry_run else refetch
+        plan = ingest.plan_load(config, lake, names, start, end, coingecko=coingecko, refetch=planned)
         if dry_run:
             _show_plan(plan, as_json)
             return
         with meter() as progress:
-            loaded = {name: ingest.load(config, lake, name, start, end, refetch=refetch, progress=progress) for name in names}
+            loaded = {
+                name: ingest.load(config, lake, name, start, end, coingecko=coingecko, refetch=refetch, progress=progress)
+                for name in names
+            }
         text = "\n".join(
             f"{name}: {done['fetched']} partitions fetched, {done['present']} there; {done['rows']} rows, {done['missing']} absent"
             + _outcomes(done["outcomes"], "fetched")

@@ -30,6 +30,7 @@ from crpbot_lib.steps.partitions import (
     Work,
     all_series,
     candles,
+    check_reach,
     days_of_series,
     points,
     stream,
@@ -91,9 +92,9 @@ def fetch_coingecko(settings: Settings, lake: Lake, symbol: str, day: date, *, n
     """Fetches a coin's hourly points of one UTC day and its daily history up to that day; writes both partitions. One that is
     there already is kept where CoinGecko now serves less.
 
-    The history begins with the coin's listing, or where the plan does not reach that far, ``training.days`` and the catalog's
-    warm-up before the day. Returns ``coin, hourly, daily``, each with ``key, rows, expected, missing, gaps``. MarketDataError when
-    the day is not over yet or lies before the listing, when CoinGecko fails, or has no daily history at all.
+    The history begins with the coin's listing, or on a plan that does not reach that far as ``features.history.first_daily_day``
+    says. Returns ``coin, hourly, daily``, each with ``key, rows, expected, missing, gaps``. MarketDataError when the day is not
+    over yet or lies before the listing or the plan's reach, when CoinGecko fails, or has no daily history at all.
     """
     summary = fetch_coingecko_days(settings, lake, symbol, day, day + DAY, now=now)
     return {"coin": summary["coin"], "hourly": summary["hourly"][0], "daily": summary["daily"][0]}
@@ -137,7 +138,8 @@ def load(
     """Brings all partitions of one symbol's UTC days ``[start, end)`` into the lake, years at once, the same bytes as day by day.
 
     ``refetch`` says what of it is fetched: ``absent`` partitions; ``incomplete``, those that lack a row as well; ``all``. What is
-    stored is never lost by that: where the source now serves less than is stored, the partition is kept, and counted.
+    stored is never lost by that: where the source now serves less than is stored, the partition is kept, and counted. Without
+    ``coingecko`` candles only.
 
     Returns ``present`` (partitions left alone), ``fetched, rows, missing`` (of the fetched) and ``outcomes``, the number of fetched
     partitions that were absent (``fetched``), gained rows (``filled``), hold other values (``changed``), the same
@@ -348,6 +350,7 @@ def _started(progress: Meter | None, what: str, work: Sequence[Work]) -> Meter:
 
 
 def _fetch(lake: Lake, work: Sequence[Work], progress: Meter | None, replace: bool) -> list[Stored]:
+    check_reach(work)
     return list(stream(lake, work, _started(progress, work[0].series.symbol, work), replace=replace))
 
 

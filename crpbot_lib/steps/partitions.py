@@ -28,11 +28,12 @@ from crpbot_lib.config import Settings, Symbol
 from crpbot_lib.features.history import first_daily_day
 from crpbot_lib.lake import KeyMissingError, Lake, UnreadableError, keys
 from crpbot_lib.market_data import Clock, MarketData, MarketDataError, QualityError
+from crpbot_lib.market_data.coingecko import CoinGeckoClient
 from crpbot_lib.market_data.frames import SERIES_WIDTH, width
 from crpbot_lib.market_data.progress import Meter
 from crpbot_lib.market_data.quality import Gap, check_candles, check_points
 from crpbot_lib.market_data.quality import coverage as cover
-from crpbot_lib.steps.days import DAY, closed_days, midnight
+from crpbot_lib.steps.days import DAY, closed_days, days_of, midnight
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class Series:
     """The first day of which a day's partition has rows; all end with their own day."""
     fetch: Callable[[datetime, datetime], pl.DataFrame]
     days_a_request: float
+    client: CoinGeckoClient | None = None
+    """Whose plan may not reach back to all days; None: there is no such limit."""
 
     @property
     def grows(self) -> bool:
@@ -190,7 +193,13 @@ def points(settings: Settings, market: MarketData, entry: Symbol) -> list[Series
             "records in `all_time_highs` of %s (docs/market_data.md)",
             *(plan.name, plan.history.days, entry.coin, entry.coin_listed, entry.name),
         )
-    common = {"of": entry.coin, "symbol": entry.name, "source": "CoinGecko", "first": entry.coin_listed}
+    common = {
+        "of": entry.coin,
+        "symbol": entry.name,
+        "source": "CoinGecko",
+        "first": entry.coin_listed,
+        "client": market.coingecko,
+    }
     return [
         Series(
             what=f"{entry.coin} daily history",
@@ -242,7 +251,7 @@ def survey(
     no_trade: Mapping[str, Spans] | None = None,
 ) -> list[Work]:
     """Which of the days are to be fetched. ``count``: the rows that present partitions lack are counted. A day that lacks nothing
-    outside of its symbol's ``no_trade`` is not incomplete."""
+    outside of its symbol's ``no_trade`` is not incomplete. MarketDataError where a plan does not reach what is to be fetched."""
     if refetch not in REFETCH:
         raise ValueError(f"refetch={refetch!r}: expected one of {', '.join(REFETCH)}")
     work = []
@@ -262,7 +271,36 @@ def survey(
                 else:
                     missing += lacks
         work.append(Work(series, sorted(lacking), len(days) - len(lacking), missing))
+    check_reach(work)
     return work
+
+
+def check_reach(work: Sequence[Work]) -> None:
+    """MarketDataError where CoinGecko's plan does not, now, reach back to what is to be fetched; asks for nothing."""
+    for one in work:
+        series, client = one.series, one.series.client
+        if client is None or not one.days or (earliest := client.earliest()) is None:
+            continue
+        day, reach, history = one.days[0], earliest.date(), client.plan.history or DAY
+        if (begin := series.begins(day)) >= reach:
+            continue
+        later = next((d for d in days_of(day, reach + history) if series.begins(d) >= reach), None)
+        remedy = f"begin on {later}" if later else _what_else(series, reach)
+        raise MarketDataError(
+            f"CoinGecko: the {series.what} for {day} begins on {begin}, and the plan {client.plan.name!r} reaches back "
+            f"{history.days} days, to {reach}; {remedy}, load the candles only (`crpbot fetch all --candles-only`, `candles_only` "
+            "of the DAG market_data_range), or use a plan that reaches further (CRPBOT_COINGECKO_PLAN, "
+            "CRPBOT_COINGECKO_HISTORY_DAYS, docs/market_data.md)",
+            permanent=True,
+        )
+
+
+def _what_else(series: Series, reach: date) -> str:
+    """What helps where the history of no day can be had: it begins where the records of the all-time high end, or is too long."""
+    return (
+        f"set `all_time_highs_until` of {series.symbol} to {reach} or later, once its `all_time_highs` are complete until that day "
+        "(or lower `training.days`, where the plan has fewer)"
+    )
 
 
 def _lacks(lake: Lake, series: Series, days: Sequence[date], silent: Spans) -> Iterator[int]:

@@ -80,7 +80,7 @@ def test_a_range_is_checked_before_anything_is_loaded(
     monkeypatch.setenv("CRPBOT_LAKE", f"file://{tmp_path}")
     monkeypatch.setenv("CRPBOT_COINGECKO_API_KEY", "key")
     plan = dags["market_data_range"].get_task("plan").python_callable
-    good = {"start": "2025-05-01", "end": "2025-05-03", "symbols": ["BTC-USD"], "refetch": "absent"}
+    good = {"start": "2025-05-01", "end": "2025-05-03", "symbols": ["BTC-USD"], "refetch": "absent", "candles_only": False}
     assert plan(good) == good | {"present": 0, "partitions": 12, "requests": 16, "seconds": plan(good)["seconds"]}
     for wrong, said in (
         ({"end": "2025-05-01"}, "holds no day"),
@@ -89,6 +89,29 @@ def test_a_range_is_checked_before_anything_is_loaded(
     ):
         with pytest.raises(AirflowFailException, match=said):
             plan(good | wrong)
+
+
+def test_a_range_that_coingecko_s_plan_does_not_reach_is_loaded_without_it(
+    dags: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from crpbot_lib.steps import ingest
+
+    monkeypatch.setenv("CRPBOT_LAKE", f"file://{tmp_path}")
+    monkeypatch.setenv("CRPBOT_COINGECKO_PLAN", "public")
+    task = dags["market_data_range"].get_task
+    params = {"start": "2023-11-10", "end": "2023-11-12", "symbols": ["BTC-USD"], "refetch": "absent", "candles_only": False}
+    with pytest.raises(
+        AirflowFailException, match=r"the bitcoin daily history for 2023-11-10 begins on .*the plan 'public' reaches"
+    ):
+        task("plan").python_callable(params)
+    planned = task("plan").python_callable(params | {"candles_only": True})
+    assert planned["partitions"] == 8
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(ingest, "load", lambda *_, **chosen: asked.update(chosen))
+    task("load").python_callable("BTC-USD", planned)
+    assert asked == {"coingecko": False, "refetch": "absent"}
 
 
 @pytest.mark.parametrize("dag_id", ["market_data_range", "retrain"])
@@ -104,7 +127,7 @@ def test_parameters_that_cannot_be_are_refused_before_there_is_a_run(dags: dict[
     assert given(symbols=["ETH-USD"])["symbols"] == ["ETH-USD"]
     wrong: list[dict[str, Any]] = [{"symbols": []}, {"symbols": ["NOPE-USD"]}, {"symbols": ["ETH-USD", "ETH-USD"]}]
     if dag_id == "market_data_range":
-        wrong += [{"start": ""}, {"start": None}, {"end": "2025-13-01"}, {"refetch": "some"}]
+        wrong += [{"start": ""}, {"start": None}, {"end": "2025-13-01"}, {"refetch": "some"}, {"candles_only": "yes"}]
     for conf in wrong:
         with pytest.raises(ParamValidationError):
             given(**conf)

@@ -124,6 +124,23 @@ def test_a_dry_run_says_what_it_would_take_and_asks_for_nothing(wire: Any, tmp_p
     assert (wire.requests, list(tmp_path.rglob("*.parquet"))) == ([], [])
 
 
+def test_where_the_plan_does_not_reach_both_runs_say_so_and_candles_alone_can_be_had(
+    wire: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRPBOT_COINGECKO_PLAN", "demo")
+    for arguments in ((), ("--dry-run",), ("--refetch", "incomplete")):
+        result = fetch_all(*arguments)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "CoinGecko: the bitcoin daily history for 2025-05-05 begins on 2025-03-04, and the plan 'demo'" in result.stderr
+        assert "`crpbot fetch all --candles-only`" in result.stderr
+    assert (wire.requests, list(tmp_path.rglob("*.parquet"))) == ([], [])
+    assert json.loads(fetch_all("--candles-only", "--dry-run", "--json").stdout)["partitions"] == 8
+    result = fetch_all("--candles-only")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("BTC-USD: 8 partitions fetched, 0 there; ")
+    assert {request.path.split("/")[-1] for request in wire.requests} == {"candles"}
+
+
 def test_heal_fetches_incomplete_days_and_says_what_came_of_it(wire: Any) -> None:
     whole = dict(wire.candles)
     without(wire, "1m", datetime(2025, 5, 6, tzinfo=UTC), 60)

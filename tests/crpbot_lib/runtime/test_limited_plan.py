@@ -15,7 +15,7 @@ from crpbot_lib import registry, runtime
 from crpbot_lib.config import PromotionSettings, RuntimeSettings, Settings
 from crpbot_lib.features import FeatureError, catalog
 from crpbot_lib.lake import Lake, keys
-from crpbot_lib.market_data import MarketData
+from crpbot_lib.market_data import MarketData, MarketDataError
 from crpbot_lib.runtime.market import MarketAt
 from crpbot_lib.runtime.predict import live_features
 from crpbot_lib.sandbox.server import Sandbox, SandboxOptions
@@ -117,6 +117,18 @@ def test_a_model_can_be_dry_run(limited: Settings, trained_lake: Any, tmp_path: 
     version = str(registry.publish(limited, own.lake, own.run)["version"])
     result = runtime.run(limited, own.lake, "dryrun", 3, version, symbols=[SYMBOL])
     assert (len(result["predictions"]), result["skipped"]) == (3, [])
+
+
+def test_records_that_end_before_the_plan_begins_are_refused_in_training_and_live(limited: Settings, tmp_path: Path) -> None:
+    """One old record: what was paid after it, and before the first day that the plan has, nobody knows."""
+    old = with_highs(limited, [(1400.0, datetime(2018, 1, 13, tzinfo=UTC))], None)
+    with pytest.raises(MarketDataError, match=r"set `all_time_highs_until` of ETH-USD to 202\d-05-3[01] or later, once") as error:
+        ingest.ensure_coverage(old, Lake(tmp_path.as_uri()), SYMBOL, DAY, NEXT, now=lambda: NOW)
+    assert error.value.permanent
+    with pytest.raises(
+        MarketDataError, match=r"ethereum daily from 2018-01-13: the plan '(pro|demo)' reaches back .*`all_time_highs_until`"
+    ):
+        live(old)
 
 
 def test_without_a_record_live_refuses_as_training_does(limited: Settings) -> None:

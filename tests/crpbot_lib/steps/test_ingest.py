@@ -440,6 +440,53 @@ class TestPlan:
         assert by_series["bitcoin daily history"] == 1
 
 
+class TestTheReachOfThePlan:
+    """The wire has bitcoin's points from 2025-04-10 on; on 2026-05-01 a plan of 365 days reaches back to 2025-05-02."""
+
+    NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
+
+    @pytest.fixture
+    def short(self, settings: Settings) -> Settings:
+        return settings.model_copy(update={"coingecko_history_days": 365})
+
+    def test_is_checked_before_anything_is_fetched(self, short: Settings, lake: Lake, market: MarketData, wire: Any) -> None:
+        asked: dict[str, Any] = {"now": lambda: self.NOW}
+        steps: list[Any] = [ingest.plan_load, ingest.load, ingest.ensure_coverage, ingest.fetch_coingecko_days]
+        for step in steps:
+            names = ["BTC-USD"] if step is ingest.plan_load else "BTC-USD"
+            with pytest.raises(MarketDataError) as error:
+                step(short, lake, names, date(2025, 5, 5), date(2025, 5, 7), **asked)
+            said = str(error.value)
+            assert "the bitcoin daily history for 2025-05-0" in said
+            assert "begins on 2025-04-10, and the plan 'pro' reaches back 365 days, to 2025-05-02; begin on 2025-0" in said
+            assert "`crpbot fetch all --candles-only`" in said
+            assert "CRPBOT_COINGECKO_PLAN" in said
+            assert error.value.permanent
+        assert (wire.requests, lake.keys("")) == ([], [])
+
+    def test_hourly_points_are_named_too_with_the_day_that_can_be_had(self, short: Settings, lake: Lake) -> None:
+        record = {"all_time_highs": ((1e6, MIDNIGHT - 9 * ONE),), "all_time_highs_until": date(2025, 6, 1)}
+        entry = short.symbols[0].model_copy(update={"coin_listed": date(2013, 4, 28), **record})
+        known = short.model_copy(update={"symbols": (entry,), "training": TrainingSettings(days=1)})
+        ends = date(2025, 8, 1)
+        with pytest.raises(
+            MarketDataError, match=r"bitcoin daily history for 2025-05-03 begins on 2025-03-31.*; begin on 2025-06-04, "
+        ):
+            ingest.plan_load(known, lake, ["BTC-USD"], date(2025, 5, 3), ends, now=lambda: self.NOW)
+        assert ingest.plan_load(known, lake, ["BTC-USD"], date(2025, 6, 4), ends, now=lambda: self.NOW)["partitions"] == 58 * 6
+        [_, hourly] = partitions.points(known, MarketData(known, now=lambda: self.NOW), entry)
+        with pytest.raises(MarketDataError, match=r"bitcoin hourly for 2025-05-01 begins on 2025-05-01, .* begin on 2025-05-02, "):
+            partitions.check_reach([partitions.Work(hourly, [date(2025, 5, 1)])])
+
+    def test_candles_need_no_plan(self, short: Settings, lake: Lake) -> None:
+        planned = ingest.plan_load(short, lake, ["BTC-USD"], DAY, DAY + ONE, coingecko=False, now=lambda: self.NOW)
+        assert [one["series"] for one in planned["series"]] == [f"BTC-USD {timeframe}" for timeframe in TIMEFRAMES]
+
+    def test_days_that_are_stored_need_no_plan(self, settings: Settings, short: Settings, lake: Lake, market: MarketData) -> None:
+        ingest.load(settings, lake, "BTC-USD", DAY, DAY + ONE, market=market)
+        assert ingest.plan_load(short, lake, ["BTC-USD"], DAY, DAY + ONE, now=lambda: self.NOW)["partitions"] == 0
+
+
 class TestHeal:
     @pytest.fixture
     def whole(self, settings: Settings, lake: Lake, wire: Any, market: MarketData) -> dict[str, pl.DataFrame]:
