@@ -176,8 +176,6 @@ class OrchestrationSettings(_Model):
     """False: data and training DAGs run by hand or by event only. The reaper keeps its schedule always."""
     retries: int = Field(default=2, ge=0)
     retry_delay_seconds: float = Field(default=60, ge=0)
-    late_after_minutes: float = Field(default=600, gt=0)
-    """From the queueing of a retraining until the chat hears that it is not over: three launches' lifetimes, and its data."""
     coinbase_conn_id: str | None = None
     """Airflow Connection laid over the exchange's settings: host and schema, extra ``requests_per_second`` and ``page_size``."""
     coingecko_conn_id: str | None = None

@@ -33,17 +33,7 @@ from typing import Any
 from airflow.sdk import CronTriggerTimetable, Param, TriggerRule, dag, task
 from airflow.sdk.exceptions import AirflowFailException
 
-from crpbot_airflow.defaults import (
-    MODELS_ASSET,
-    Tag,
-    deadline,
-    default_args,
-    interval,
-    run_step,
-    scheduled,
-    symbols_schema,
-    tell_failure,
-)
+from crpbot_airflow.defaults import MODELS_ASSET, Tag, default_args, interval, run_step, scheduled, symbols_schema, tell_failure
 from crpbot_airflow.operators import LaunchTrainingInstance, TerminateRunInstances, TrainOnInstance
 from crpbot_lib.config import settings
 
@@ -56,7 +46,6 @@ SYMBOLS = [symbol.name for symbol in settings().symbols]
     catchup=False,
     max_active_runs=1,
     # no dagrun_timeout here: it would skip the teardown (docs/termination.md); every task has its own limit instead
-    deadline=deadline(),
     default_args=default_args(),
     params={
         "start": Param("", type="string", description="first UTC day, e.g. 2025-05-26; empty: end - training.days"),

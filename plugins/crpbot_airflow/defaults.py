@@ -7,7 +7,7 @@ from datetime import date, timedelta
 from enum import StrEnum
 from typing import Any
 
-from airflow.sdk import Asset, AsyncCallback, DeadlineAlert, DeadlineReference
+from airflow.sdk import Asset
 from airflow.sdk.exceptions import AirflowFailException
 
 from crpbot_lib.config import Settings, settings
@@ -99,24 +99,6 @@ def tell_failure(context: Any) -> None:
     ti = context["ti"]
     text = f"FAILED {ti.dag_id} / {ti.task_id}, run {ti.run_id}: {context.get('exception')}. See its log, and `crpbot gpu list`"
     telegram.notify(settings(), text)
-
-
-def deadline() -> DeadlineAlert:
-    """Of a DAG that owns an instance, in place of a ``dagrun_timeout``: tells that a run is late, and ends nothing."""
-    after = timedelta(minutes=settings().orchestration.late_after_minutes)
-    return DeadlineAlert(reference=DeadlineReference.DAGRUN_QUEUED_AT, interval=after, callback=AsyncCallback(tell_late))
-
-
-async def tell_late(context: dict[str, Any]) -> None:
-    """The callback of ``deadline``, in the triggerer; ``context`` has the run as Airflow's REST API describes it."""
-    from asgiref.sync import sync_to_async
-
-    from crpbot_lib.runtime import telegram
-
-    run = context["dag_run"]
-    what = f"{run['dag_id']}, run {run['dag_run_id']}: queued at {run['queued_at']}"
-    text = f"LATE {what} and not over. See its tasks, and `crpbot gpu list`"
-    await sync_to_async(telegram.notify, thread_sensitive=False)(settings(), text)
 
 
 def is_permanent(error: Exception) -> bool:

@@ -112,8 +112,6 @@ def _environment(cloud: dict[str, str], secret: dict[str, str], config: Path) ->
         "CRPBOT_ORCHESTRATION__COINBASE_CONN_ID": COINBASE,
         "CRPBOT_ORCHESTRATION__COINGECKO_CONN_ID": COINGECKO,
         "CRPBOT_CONFIG": str(config),
-        # no run takes less: each is told to be late
-        "CRPBOT_ORCHESTRATION__LATE_AFTER_MINUTES": "0.1",
         "CRPBOT_RUNTIME__AS_OF": "2025-05-28T00:00:00+00:00",
         "AIRFLOW__CORE__FERNET_KEY": secret["Airflow's Fernet key"],
         "AIRFLOW__API_AUTH__JWT_SECRET": secret["Airflow's JWT secret"],

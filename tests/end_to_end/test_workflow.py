@@ -107,15 +107,6 @@ def test_publication_starts_the_promotion_and_telegram_hears_of_it(deployment: A
     assert any("SMOKE" in message for message in deployment.telegram())
 
 
-def test_the_chat_hears_of_a_run_that_is_late_and_the_run_goes_on(deployment: Any, trained: dict[str, Any]) -> None:
-    """In this deployment a run is late after six seconds."""
-    until = time.monotonic() + 120
-    while not any(f"LATE retrain, run {trained['run']}" in message for message in deployment.telegram()):
-        assert time.monotonic() < until, "nothing was told of a run that is late"
-        time.sleep(1)
-    assert trained["state"] == "success"
-
-
 def test_a_training_that_fails_on_purpose_fails_the_run_and_leaves_no_instance(deployment: Any, trained: dict[str, Any]) -> None:
     """The local cloud has no GPU, and a job that is no smoke run refuses to train without one. The power-off at the job's end never
     comes, so that the teardown alone ends the instance."""

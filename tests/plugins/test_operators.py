@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -75,19 +74,6 @@ def test_a_partition_key_that_names_no_day_fails_for_good_and_says_what_is_expec
     with pytest.raises(AirflowFailException, match="expected a UTC day like 2025-05-26"):
         day_of(str(key))
     assert day_of("2025-05-26") == date(2025, 5, 26)
-
-
-def test_the_chat_hears_of_a_late_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from crpbot_airflow.defaults import tell_late
-    from crpbot_lib.runtime import telegram
-
-    told: list[str] = []
-    monkeypatch.setattr(telegram, "notify", lambda _settings, text: told.append(text))
-    run = {"dag_id": "retrain", "dag_run_id": "manual__1", "queued_at": "2025-05-29T02:00:00Z"}
-    asyncio.run(tell_late(context={"dag_run": run, "deadline": {}}))
-    assert told == [
-        "LATE retrain, run manual__1: queued at 2025-05-29T02:00:00Z and not over. See its tasks, and `crpbot gpu list`"
-    ]
 
 
 def test_the_chat_hears_of_a_safety_task_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
