@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,17 @@ def env_file(name: str) -> dict[str, str | None]:
     return {key: value if equals else None for key, equals, value in entries}
 
 
-def is_a_setting(variable: str) -> bool:
-    """Whether ``CRPBOT_A__B`` is field ``b`` of field ``a`` of Settings."""
-    model: type[BaseModel] = Settings
-    *groups, last = variable.removeprefix("CRPBOT_").lower().split("__")
-    for group in groups:
-        annotation = model.model_fields[group].annotation if group in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return False
-        model = annotation
-    return last in model.model_fields
+def settings_of(model: type[BaseModel], prefix: str = "CRPBOT_") -> Iterator[str]:
+    """The environment variable of every setting: ``CRPBOT_A__B`` is field ``b`` of field ``a`` of Settings."""
+    for name, field in model.model_fields.items():
+        variable = f"{prefix}{name.upper()}"
+        if isinstance(field.default, BaseModel):
+            yield from settings_of(type(field.default), f"{variable}__")
+        else:
+            yield variable
+
+
+SETTINGS = set(settings_of(Settings))
 
 
 def new_env(folder: Path, *cloud: str) -> subprocess.CompletedProcess[str]:
@@ -131,11 +133,18 @@ class TestEnvironment:
 
     @pytest.mark.parametrize("cloud", ["aws", "local"])
     def test_names_only_settings_that_exist(self, cloud: str) -> None:
-        unknown = [name for name in env_file(cloud) if name.startswith("CRPBOT_") and not is_a_setting(name)]
-        assert set(unknown) <= NOT_SETTINGS
+        assert {name for name in env_file(cloud) if name.startswith("CRPBOT_")} <= SETTINGS | NOT_SETTINGS
 
     def test_of_aws_holds_names_and_no_values(self) -> None:
         assert set(env_file("aws").values()) == {None}
+
+    def test_of_aws_names_every_setting_since_what_is_not_named_reaches_no_container(self) -> None:
+        assert SETTINGS - set(env_file("aws")) == set()
+
+    def test_of_aws_names_what_the_stack_prints(self) -> None:
+        outputs = set(re.findall(r"Description: (CRPBOT_\w+)", (REPOSITORY / "infra/crpbot.yaml").read_text()))
+        assert "CRPBOT_GPU__LOG_GROUP" in outputs
+        assert outputs - set(env_file("aws")) == set()
 
     def test_of_the_local_cloud_is_what_that_cloud_says_of_itself_and_what_the_demonstration_sets(self, tmp_path: Path) -> None:
         words = SERVICES["local-cloud"]["command"].split()
