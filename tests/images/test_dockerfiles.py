@@ -70,6 +70,25 @@ class TestEveryImage:
         assert len(others) == 1
         assert others[0].endswith('"torch==${TORCH_VERSION}"')
 
+    @pytest.mark.parametrize(
+        ("given", "index"),
+        [
+            ({}, ""),
+            ({"PIP_INDEX_URL": "https://mirror"}, "https://mirror"),
+            ({"PIP_INDEX_URL": "https://mirror", "TORCH_INDEX_URL": "https://cpu"}, "https://cpu"),
+        ],
+    )
+    def test_takes_torch_from_its_own_index_or_pips_also_where_neither_is_set(
+        self, dockerfile: Path, given: dict[str, str], index: str
+    ) -> None:
+        step = next(text for kind, text in instructions(dockerfile) if kind == "RUN" and "torch==" in text)
+        # a published base may set this shell, and an unset name then ends the build
+        shell = ["bash", "-o", "errexit", "-o", "nounset", "-o", "pipefail", "-c"]
+        environment = {"PATH": os.environ["PATH"], "TORCH_INDEX_URL": "", "TORCH_VERSION": "1", **given}
+        script = f'pip() {{ echo "$PIP_INDEX_URL|$*"; }}; {step}'
+        told = subprocess.run([*shell, script], env=environment, capture_output=True, text=True, timeout=30)
+        assert (told.returncode, told.stdout, told.stderr) == (0, f"{index}|install torch==1\n", "")
+
     def test_leaves_no_package_lists_behind(self, dockerfile: Path) -> None:
         for kind, text in instructions(dockerfile):
             if kind == "RUN" and "apt-get install" in text:
