@@ -12,7 +12,7 @@ import typer
 from pydantic import BaseModel
 
 from crpbot_lib.cli import app
-from crpbot_lib.config import Settings
+from crpbot_lib.config import DEFAULT_SYMBOLS, Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
@@ -60,6 +60,19 @@ def test_every_setting_is_described_with_its_default(variable: str) -> None:
         shown = f"`{str(default).lower() if isinstance(default, bool) else default}`"
     page = (REPOSITORY / "docs" / "configuration.md").read_text()
     assert f"| `{variable}` | {shown} |" in page
+
+
+def test_the_configuration_file_that_is_shown_is_valid_and_begins_with_the_default_symbols(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (REPOSITORY / "docs" / "configuration.md").read_text()
+    section = page.partition("\n## A configuration file\n")[2].partition("\n## ")[0]
+    (tmp_path / "crpbot.toml").write_text("\n".join(re.findall(r"^    (.+)$", section, re.M)))
+    monkeypatch.setenv("CRPBOT_CONFIG", str(tmp_path / "crpbot.toml"))
+    shown = Settings().symbols
+    # the table replaces the defaults, so whoever adds a symbol copies them
+    assert shown[: len(DEFAULT_SYMBOLS)] == DEFAULT_SYMBOLS
+    assert len(shown) > len(DEFAULT_SYMBOLS)
 
 
 @pytest.mark.parametrize("path", [*PAGES, *CONFIGURED], ids=by_name)
