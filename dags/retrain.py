@@ -168,7 +168,7 @@ def retrain() -> None:
         launched since is ended and billed here."""
         from crpbot_airflow.operators import end_what_is_left
 
-        end_what_is_left(run, ti.xcom_pull(task_ids="terminate"))
+        end_what_is_left(run, ti.dag_id, ti.run_id, ti.xcom_pull(task_ids="terminate"))
         states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id])[ti.run_id]
         bad = {name: str(state) for name, state in states.items() if state != "success" and name != ti.task_id}
         if bad:
@@ -183,7 +183,7 @@ def retrain() -> None:
     built = build_features.partial(feature_plan=feature_plan).expand(symbol=symbols)
     gate = gate_features(feature_plan)
     reserved = reserve(run_plan, feature_plan).as_setup()
-    # empty where there is no plan: then nothing was launched
+    # empty where there is no plan: what ends a run then goes by its own ids
     run = "{{ (ti.xcom_pull(task_ids='plan') or {}).get('run', '') }}"
     launch = LaunchTrainingInstance(task_id="launch", run=run).as_setup()
     train = TrainOnInstance(task_id="train", run=run)

@@ -19,7 +19,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from crpbot_airflow.triggers import TrainingJobTrigger
 from crpbot_lib.config import settings
-from crpbot_lib.gpu import budget, clients, launch, reap, terminate, watch
+from crpbot_lib.gpu import budget, clients, instances, launch, reap, terminate, watch
 from crpbot_lib.gpu.instances import TAG_DAG, TAG_DAG_RUN, Instance
 from crpbot_lib.lake import Lake
 
@@ -147,14 +147,16 @@ class TerminateRunInstances(EC2TerminateInstanceOperator):
         super().__init__(instance_ids=[], aws_conn_id=gpu.aws_conn_id, region_name=gpu.region, **kwargs)
         self.run = run
 
-    def execute(self, context: Context) -> list[dict[str, str]]:  # noqa: ARG002
-        if not self.run:
-            self.log.info("this run has no plan, so nothing was launched for it")
+    def execute(self, context: Context) -> list[dict[str, str]]:
+        dag_run = context["dag_run"]
+        run = self.run or _launched_by(dag_run.dag_id, dag_run.run_id)
+        if not run:
+            self.log.info("this run has no plan, and no instance carries its name: nothing was launched for it")
             return []
         current = settings()
-        ended = terminate.terminate_run(_ec2_hook().conn, Lake(current.lake), current.gpu, self.run)
+        ended = terminate.terminate_run(_ec2_hook().conn, Lake(current.lake), current.gpu, run)
         if not ended:
-            self.log.info("no instance of %s was ever launched", self.run)
+            self.log.info("no instance of %s was ever launched", run)
         return [{"instance": i.id, "type": i.type, "state": i.state, "reason": i.reason} for i in ended]
 
     def on_kill(self) -> NoReturn:
@@ -187,9 +189,23 @@ class ReapInstances(BaseOperator):
         return counts
 
 
-def end_what_is_left(run: str, known: Sequence[dict[str, str]] | None) -> None:
+def _launched_by(dag_id: str, run_id: str) -> str:
+    """The training run that instances of this Airflow run are tagged with; empty where there are none.
+
+    For a run without a plan: one whose plan is cleared and fails has lost it, and an instance of the earlier pass may live.
+    """
+    current = settings()
+    found = instances.find(_ec2_hook().conn, current.gpu.project_tag, lake=Lake(current.lake))
+    return next((i.run for i in found if (i.tags.get(TAG_DAG), i.tags.get(TAG_DAG_RUN)) == (dag_id, run_id)), "")
+
+
+def end_what_is_left(run: str, dag_id: str, run_id: str, known: Sequence[dict[str, str]] | None) -> None:
     """Ends whatever instance of ``run`` lives, and bills the run anew where EC2 shows one that is not among the ``known`` ones,
-    which are what ``TerminateRunInstances`` returned. TerminationError as ``terminate_run`` raises it."""
+    which are what ``TerminateRunInstances`` returned. TerminationError as ``terminate_run`` raises it.
+
+    Without a plan, ``run`` is empty: then the Airflow run's own instances are those that its ids name.
+    """
+    run = run or _launched_by(dag_id, run_id)
     if not run:
         return
     current = settings()
@@ -202,7 +218,7 @@ def end_what_is_left(run: str, known: Sequence[dict[str, str]] | None) -> None:
 def cost_of_run(run: str) -> dict[str, Any]:
     """The bill of one run, logged as a line an instance, entered into the ledger and kept in the lake. Of no run an empty one."""
     if not run:
-        log.info("this run has no plan, so it cost nothing")
+        log.info("this run has no plan; the verdict bills what an earlier pass of it has launched")
         return {}
     current = settings()
     report = budget.report(_ec2_hook().conn, Lake(current.lake), current.gpu, run)

@@ -29,6 +29,16 @@ def states(deployment: Any, dag: str, run: str) -> dict[str, set[str]]:
     return found
 
 
+def launched(deployment: Any) -> str:
+    """The one living instance, once there is one."""
+    until = time.monotonic() + LIMIT
+    while not deployment.living():
+        assert time.monotonic() < until, "no instance was launched"
+        time.sleep(0.1)
+    (instance,) = deployment.living()
+    return str(instance)
+
+
 def digests(deployment: Any, prefix: str) -> dict[str, str]:
     lake = deployment.lake
     return {key: hashlib.sha256(lake.read(key)).hexdigest() for key in lake.keys(prefix)}
@@ -112,11 +122,7 @@ def test_a_training_that_fails_on_purpose_fails_the_run_and_leaves_no_instance(d
     comes, so that the teardown alone ends the instance."""
     airflow = deployment.airflow
     run = airflow.trigger("retrain", conf={"start": DAYS[0], "end": "2025-05-28", "symbols": ["ETH-USD"], "smoke": False})
-    until = time.monotonic() + LIMIT
-    while not deployment.living():
-        assert time.monotonic() < until, "no instance was launched"
-        time.sleep(0.1)
-    (instance,) = deployment.living()
+    instance = launched(deployment)
     deployment.control(f"instances/{instance}/freeze", {"processes": False})
     assert airflow.wait("retrain", run, LIMIT) == "failed"
 
@@ -172,11 +178,7 @@ def test_clearing_only_what_failed_launches_behind_the_teardown_and_leaves_no_in
     torn_down = {t["task_id"]: t for t in airflow.tasks("retrain", run)}["terminate"]
 
     airflow.clear_failed("retrain", run)
-    until = time.monotonic() + LIMIT
-    while not deployment.living():
-        assert time.monotonic() < until, "no instance was launched"
-        time.sleep(0.1)
-    (instance,) = deployment.living()
+    instance = launched(deployment)
     deployment.control(f"instances/{instance}/freeze", {"processes": False})
     assert airflow.wait("retrain", run, LIMIT) == "failed"
 
@@ -197,10 +199,8 @@ def test_clearing_the_running_work_leaves_one_instance_and_then_none(deployment:
     """What leaks with the stock operators: the setup is cleared too, and would launch a second instance."""
     airflow = deployment.airflow
     run = airflow.trigger("retrain", conf={"start": DAYS[0], "end": "2025-05-28", "symbols": ["ETH-USD"]})
+    launched(deployment)
     until = time.monotonic() + LIMIT
-    while not deployment.living():
-        assert time.monotonic() < until, "no instance was launched"
-        time.sleep(0.5)
     while states(deployment, "retrain", run).get("train") != {"deferred"}:
         assert time.monotonic() < until, "train was never deferred"
         time.sleep(0.2)

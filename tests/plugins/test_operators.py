@@ -6,6 +6,7 @@ import sys
 from datetime import UTC, date, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -52,17 +53,49 @@ def test_the_event_of_another_run_ends_no_task() -> None:
     assert task.execute_complete({}, {**event, "run": "run-b"})["verdict"] == "succeeded"
 
 
-def test_a_run_without_a_plan_is_asked_for_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its teardown runs all the same, and nothing can have been launched for it."""
+@pytest.mark.parametrize("how", ["terminate", "verdict"])
+def test_a_run_that_has_lost_its_plan_ends_what_its_earlier_pass_has_launched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+) -> None:
+    """`plan` is cleared while an instance lives, and fails: nobody knows the training run's name, but the instance's tags."""
     from crpbot_airflow import operators
+    from crpbot_lib.gpu import launch
+    from crpbot_lib.lake import Lake
+    from crpbot_lib.sandbox.server import Sandbox, SandboxOptions
 
-    def hook() -> None:
-        raise AssertionError("EC2 was asked")
+    monkeypatch.setenv("CRPBOT_LAKE", f"file://{tmp_path}")
+    monkeypatch.setenv("CRPBOT_GPU__POLL_SECONDS", "0.1")
+    monkeypatch.setenv("CRPBOT_GPU__VISIBILITY_GRACE_SECONDS", "0.1")
+    with Sandbox(SandboxOptions(boot_seconds=0.2, shutdown_seconds=0.2)) as cloud:
+        for name, value in cloud.env().items():
+            if name.startswith("AWS_"):
+                monkeypatch.setenv(name, value)
+        operators.settings.cache_clear()
+        current, ec2 = operators.settings(), operators._ec2_hook().conn
+        mine, other = (
+            launch.ensure_instance(ec2, Lake(current.lake), current.gpu, run, dag="retrain", dag_run=dag_run)
+            for run, dag_run in (("run-a", "manual__a"), ("run-b", "manual__b"))
+        )
+        if how == "terminate":
+            task = operators.TerminateRunInstances(task_id="terminate", run="")
+            (ended,) = task.execute({"dag_run": SimpleNamespace(dag_id="retrain", run_id="manual__a")})
+            assert ended["instance"] == mine.id
+            assert task.execute({"dag_run": SimpleNamespace(dag_id="retrain", run_id="manual__none")}) == []
+        else:
+            operators.end_what_is_left("", "retrain", "manual__none", None)
+            operators.end_what_is_left("", "retrain", "manual__a", None)
+            assert [row["id"] for report in budget_reports(current) for row in report["instances"]] == [mine.id]
+        alive = [i.id for i in operators.instances.find(ec2, current.gpu.project_tag) if i.alive]
+        assert alive == [other.id]
+        operators.terminate.terminate_run(ec2, Lake(current.lake), current.gpu, "run-b")
+    operators.settings.cache_clear()
 
-    monkeypatch.setattr(operators, "_ec2_hook", hook)
-    assert operators.TerminateRunInstances(task_id="terminate", run="").execute({}) == []
-    assert operators.cost_of_run("") == {}
-    operators.end_what_is_left("", None)
+
+def budget_reports(current: Any) -> list[dict[str, Any]]:
+    from crpbot_lib.gpu import budget
+    from crpbot_lib.lake import Lake
+
+    return budget.reports(Lake(current.lake))
 
 
 @pytest.mark.parametrize("key", [None, "None", "2025-5-26", "today"])
